@@ -1,0 +1,312 @@
+"""English prose from docstrings: the corpus `pydocs:` that is on every machine with Python packages.
+
+Sources are scanned as text and never imported. A docstring becomes a document when, without its code, tables,
+parameter lists and markup, enough running prose is left. Order and keys depend on the installed files alone.
+"""
+
+import ast
+import hashlib
+import inspect
+import re
+import sys
+import sysconfig
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+MIN_WORDS = 30
+"""A document needs so many words of prose."""
+MIN_DEFINITION_WORDS = 12
+"""The description of a parameter counts as prose from so many words on; shorter ones are fragments."""
+
+_SKIPPED_FOLDERS = {"test", "tests", "testing", "idlelib", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
+
+
+def python_files() -> list[tuple[str, Path]]:
+    """(path relative to its root, file) of every source of the running interpreter's packages and standard library."""
+    roots = [Path(p) for p in [sysconfig.get_paths()["stdlib"], *sys.path] if Path(p).is_dir()]
+    roots = [r for i, r in enumerate(roots) if r not in roots[:i] and (i == 0 or r.name.endswith("-packages"))]
+    found: dict[str, Path] = {}
+    for root in roots:
+        stack = [root]
+        while stack:
+            for entry in sorted(stack.pop().iterdir()):
+                if entry.is_dir():
+                    if entry.name not in _SKIPPED_FOLDERS and not entry.is_symlink():
+                        stack.append(entry)
+                elif entry.suffix == ".py" and not entry.name.startswith("test_"):
+                    found.setdefault(entry.relative_to(root).as_posix(), entry)
+    return sorted(found.items())
+
+
+# Comments and strings, so that a quote inside one of them does not open another. Parsing with `ast` finds the
+# same docstrings a hundred times slower (100 s for the packages of a training environment).
+_LEXEMES = re.compile(
+    r"""#[^\n]*+|(?P<prefix>\b[rRuUbBfF]{1,2})?(?:(?P<long>\"{3}[^"\\]*+(?:(?:\\.|"(?!""))[^"\\]*+)*+\"{3}"""
+    r"""|'{3}[^'\\]*+(?:(?:\\.|'(?!''))[^'\\]*+)*+'{3})"""
+    r"""|"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|'[^'\\\n]*+(?:\\.[^'\\\n]*+)*+')""",
+    re.S,
+)
+
+
+def docstrings(source: str) -> Iterator[tuple[int, str]]:
+    """(line number, cleaned-up text) of each triple-quoted string that stands where a docstring can stand."""
+    line, counted = 1, 0
+    for match in _LEXEMES.finditer(source):
+        literal, prefix = match.group("long"), (match.group("prefix") or "").lower()
+        if literal is None or len(literal) < 60 or "b" in prefix or "f" in prefix:
+            continue
+        before = source[max(0, match.start() - 400) : match.start()]
+        code = before.rstrip()
+        last_line = re.sub(r"\s+#.*$", "", code[code.rfind("\n") + 1 :])
+        starts_line = not before[before.rfind("\n") + 1 :].strip()
+        if not starts_line or not (last_line.endswith(":") or not last_line or last_line.startswith("#")):
+            continue
+        body = literal[3:-3]
+        if "\\" in body and "r" not in prefix:
+            try:
+                body = ast.literal_eval(literal)
+            except (SyntaxError, ValueError):
+                continue
+        line += source.count("\n", counted, match.start())
+        counted = match.start()
+        yield line, inspect.cleandoc(body.expandtabs())
+
+
+# --- blocks: which lines are prose -------------------------------------------------------------------------------
+
+_PROSE_SECTIONS = frozenset(
+    "notes note explanation description overview introduction warning warnings details discussion summary background "  # noqa: SIM905
+    "motivation abstract tip important caution remarks".split()
+)
+_DEFINITION_SECTIONS = frozenset(
+    "parameters args arguments attributes kwargs returns return yields raises options inputs outputs".split()  # noqa: SIM905
+) | {"other parameters", "keyword arguments", "keyword args"}
+_ITEM = re.compile(r"^[\w*`., ]{1,60}(?:\(.*?\))?\s?:\s+([A-Z].*)$")
+_PLAIN_ITEM = re.compile(r"[A-Z][a-z]* [a-z](?!.* : )")
+_FIELD_TEXT = re.compile(r"^\s*[:@](?:param|parameter|arg|argument|key|keyword|returns?|raises?)\b[^:]*:\s+(.*)$")
+_UNDERLINE = re.compile(r"^\s*([=\-~^\"'*#+.`_])\1{2,}\s*$")
+_GOOGLE_SECTION = re.compile(r"^\s*\**([A-Z][A-Za-z]*(?: [A-Za-z]+){0,2})\**\s*::?\s*$")
+_FIELD = re.compile(r"^\s*(?::[a-z]\w*(?: [^:\n]*)?:(?!`)|@[a-z]+(?: [^:\n]+)?:|\\[a-z]+ )", re.I)
+_DIRECTIVE = re.compile(r"^\s*\.\.(?:\s+([\w-]+)::|\s|$)")
+_BULLET = re.compile(r"^\s*(?:[-*+•o]|\(?\d{1,2}[.)]|\(?[a-zA-Z][.)]|#\.|\[\d+\])\s+\S")
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def _definitions(lines: list[str]) -> Iterator[list[str]]:
+    """Descriptions of a section's items (`name : type` above deeper lines, or `name (type): text`), a block each."""
+    body = textwrap.dedent("\n".join(lines)).split("\n")
+    block: list[str] = []
+    skipping = False
+    for line in [*body, "end"]:
+        text = line.strip()
+        if text and not line.startswith(" "):  # a new item
+            if sum(len(part.split()) for part in block) >= MIN_DEFINITION_WORDS:
+                yield block
+            item = _ITEM.match(line)
+            if item:
+                block = [item.group(1)]
+            else:  # Google's "Returns:" holds plain text
+                block = [line] if _PLAIN_ITEM.match(line) else []
+            skipping = False
+        elif not text or _BULLET.match(line) or _DIRECTIVE.match(line) or text.startswith((">>>", "```")) or skipping:
+            if sum(len(part.split()) for part in block) >= MIN_DEFINITION_WORDS:
+                yield block
+            block, skipping = [], bool(text)
+        else:
+            block.append(text)
+
+
+def _blocks(text: str) -> Iterator[list[str]]:
+    """Runs of lines at the outer indentation that may be prose; everything that is clearly not prose is left out.
+
+    An empty list says that something was left out at this place.
+    """
+    lines = text.split("\n")
+    base, number, skipping_section = 0, 0, False
+    block: list[str] = []
+    while number < len(lines):
+        line = lines[number]
+        following = lines[number + 1] if number + 1 < len(lines) else ""
+        stripped = line.strip()
+        if not stripped:
+            if block:
+                yield block
+            block = []
+            if following.strip() and _indent(following) == 0:
+                base = 0
+            number += 1
+            continue
+        if stripped.startswith(("```", "~~~")):
+            if block:
+                yield block
+            block = []
+            number += 1
+            while number < len(lines) and not lines[number].strip().startswith(("```", "~~~")):
+                number += 1
+            number += 1
+            yield []
+            continue
+        if _UNDERLINE.match(following) and len(stripped) < 70 and not block and not _UNDERLINE.match(line):
+            name = stripped.lower().rstrip(":")
+            skipping_section = name not in _PROSE_SECTIONS
+            base = 0
+            number += 2
+            yield []
+            if name in _DEFINITION_SECTIONS:
+                end = number
+                while end < len(lines) and not (
+                    lines[end].strip() and _UNDERLINE.match("".join(lines[end + 1 : end + 2]))
+                ):
+                    end += 1
+                yield from _definitions(lines[number:end])
+                number = end
+            continue
+        if skipping_section:
+            number += 1
+            continue
+        directive = _DIRECTIVE.match(line)
+        opens = not block and (not following.strip() or _indent(following) > _indent(line))
+        section = _GOOGLE_SECTION.match(line) if opens else None
+        name = ((directive and directive.group(1)) or (section and section.group(1)) or "").lower()
+        opens_prose = name in _PROSE_SECTIONS and stripped.endswith(":")
+        if opens_prose:
+            if block:
+                yield block
+            block = []
+            number += 1
+            while number < len(lines) and not lines[number].strip():
+                number += 1
+            base = _indent(lines[number]) if number < len(lines) else 0
+            continue
+        if directive or section or _FIELD.match(line):
+            if block:
+                yield block
+            block = []
+            here = _indent(line)
+            number += 1
+            start = number
+            while number < len(lines) and (not lines[number].strip() or _indent(lines[number]) > here):
+                number += 1
+            yield []
+            if section and section.group(1).lower() in _DEFINITION_SECTIONS:
+                yield from _definitions(lines[start:number])
+            elif field := _FIELD_TEXT.match(line):
+                yield [field.group(1), *(text.strip() for text in lines[start:number] if text.strip())]
+            continue
+        if stripped.startswith((">>>", "...", "$ ", "In [")) or (_indent(line) != base and not block):
+            if _indent(line) < base:
+                base = _indent(line)
+                continue
+            if block:
+                yield block
+            block = []
+            while number < len(lines) and lines[number].strip():
+                number += 1
+            yield []
+            continue
+        block.append(line)
+        number += 1
+    if block:
+        yield block
+
+
+# --- inline markup and the taste for prose -----------------------------------------------------------------------
+
+_INLINE = [
+    (re.compile(r":(?:[a-z]+:)?[a-z-]+:`([^`<]*?)\s*<[^`>]*>`"), r"\1"),  # :class:`text <target>`
+    (re.compile(r":(?:[a-z]+:)?[a-z-]+:`[~!.]?([^`]*)`"), r"\1"),  # :class:`target`
+    (re.compile(r"`([^`<]+?)\s*<[^`>]*>`_{0,2}"), r"\1"),  # `text <url>`_
+    (re.compile(r"!?\[([^\]\[]+)\]\((?:[^()\s]|\([^()]*\))*\)"), r"\1"),  # [text](url)
+    (re.compile(r"\s*\[(?:\d+|#?[A-Za-z]+\d{2,4}[a-z]?|CR\d+)\]_?"), ""),  # [1]_
+    (re.compile(r"\[(`[^`]+`)\]"), r"\1"),
+    (re.compile(r"``([^`]*)``"), r"\1"),
+    (re.compile(r"`([^`]*)`_?"), r"\1"),
+    (re.compile(r"(?<![\w*])(\*{1,2})(?=\S)([^*]+?)(?<=\S)\1(?![\w*])"), r"\2"),
+    (re.compile(r"(?<!\w)_([A-Za-z][A-Za-z ]*)_(?!\w)"), r"\1"),
+    (re.compile(r"\\ |\\(?=[*_`])"), ""),
+    (re.compile(r"[‘’]"), "'"),
+    (re.compile(r"[“”]|''|``"), '"'),
+    (re.compile(r"\s*—\s*|\s+[–]\s+"), " - "),
+    (re.compile(r"…"), "..."),
+    (re.compile(r" ([.,;:!?)])(?=\s|$)"), r"\1"),
+]  # fmt: skip
+_MARKUP = re.compile(r"[`*\\\[]|[^\x00-\x7f]|''| [.,;:!?)]|\b_")
+_NOT_PROSE = re.compile(r"[$=<>|^~@#{}\\]|https?:|www\.|::|:[a-z]+:|\bf\(x\)|\bTODO\b|\bFIXME\b|\bXXX\b|---|\.{4}")
+_CODE_WORD = re.compile(r"\w_|_\w|\w\(|[\[\]=/+*%&]|[a-z][A-Z]|\w\.\w|\d[A-Za-z]|[A-Za-z]\d|^-|\d")
+_PLAIN_DOTS = re.compile(r"^\W*(?:e\.g|i\.e|a\.k\.a|U\.S|\d+(?:\.\d+)?|and/or)\W*$")
+_SENTENCE_END = re.compile(r"[.!?][\"')]*$")
+_COMMON = frozenset(
+    "the a an of to in is are be and or that this it for as with by on at from not if when which will can may should "  # noqa: SIM905
+    "would was were has have had but its their they you your we our all any each one only then than so such there "
+    "these those into no do does used use using".split()
+)
+
+
+def _clean(block: list[str]) -> str:
+    text = " ".join(" ".join(block).split())
+    if ":math:" in text:
+        return ""
+    if _MARKUP.search(text):
+        for pattern, replacement in _INLINE:
+            text = pattern.sub(replacement, text)
+    if text.endswith("::"):
+        text = text[:-1]
+    return "" if _NOT_PROSE.search(text) else text
+
+
+def _is_prose(text: str) -> bool:
+    """Whether a paragraph reads like English: whole sentences, common words, little code."""
+    if not text.isascii() or not _SENTENCE_END.search(text) or not re.match(r"[\"'(]?[A-Z]", text) or "`" in text:
+        return False
+    words = text.split()
+    if len(words) < 5 or text.count("(") != text.count(")") or text.count('"') % 2:
+        return False
+    code = sum(1 for w in words if _CODE_WORD.search(w) and not _PLAIN_DOTS.match(w))
+    common = sum(1 for w in words if w.lower().strip(".,;:()\"'") in _COMMON)
+    capitals = sum(1 for w in words if w[0].isupper())
+    return code <= 0.12 * len(words) and common >= 0.25 * len(words) and capitals <= 0.3 * len(words)
+
+
+def paragraphs(docstring: str) -> list[str]:
+    """The paragraphs of English prose in a docstring, each on one line, in order."""
+    kept: list[str] = []
+    first = True
+    for block in _blocks(docstring):
+        if not block:
+            continue
+        is_first, first = first, False
+        if len({_indent(line) for line in block}) > 1 or any(_BULLET.match(line) for line in block):
+            continue
+        text = _clean(block)
+        if (is_first or len(block) == 1) and len(text.split()) >= 6 and re.match(r"[A-Z]", text) and text[-1].isalnum():
+            text += "."  # a summary or an item without its full stop
+        if text.endswith(":"):  # what it announces is not prose and was left out
+            text = text[: max((m.end() for m in re.finditer(r"[.!?][\"')]*(?=\s+[A-Z])", text)), default=0)]
+        if text and _is_prose(text):
+            kept.append(text)
+    return kept
+
+
+def paragraph_identity(text: str) -> bytes:
+    """Equal for paragraphs that differ only in names, numbers, case and punctuation, as templated docstrings do."""
+    plain = (w for w in text.split() if not _CODE_WORD.search(w) and w[1:] == w[1:].lower())
+    words = (re.sub(r"[^a-z]", "", w.lower()) for w in plain)
+    return hashlib.blake2b(" ".join(w for w in words if w).encode(), digest_size=8).digest()
+
+
+def read_file(relative: str, path: Path) -> list[tuple[str, int, list[str]]]:
+    """(relative path, line, paragraphs) of a source file's docstrings that hold enough prose."""
+    try:
+        source = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return []
+    found = []
+    for line, text in docstrings(source):
+        prose = paragraphs(text)
+        if sum(len(p.split()) for p in prose) >= MIN_WORDS:
+            found.append((relative, line, prose))
+    return found

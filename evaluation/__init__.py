@@ -1,0 +1,1 @@
+"""Scoring of text continuation: manifest -> generate -> score -> compare -> report."""

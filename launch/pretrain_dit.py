@@ -1,0 +1,23 @@
+"""Pretrain a diffusion transformer on text latents: deepspeed launch/pretrain_dit.py --config FILE [--key value ...]"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatext.config import cli_errors, load_config
+from megatext.recipes import build_recipe
+
+
+def main() -> None:
+    """Read the configuration, build the recipe, train."""
+    with cli_errors():
+        from megatext.recipes.text_dit import PretrainDiTConfig
+        from megatext.training.trainer import train
+
+        config, flags = load_config(PretrainDiTConfig, sys.argv[1:])
+        train(config, build_recipe(config), flags.deepspeed_config, flags.dry_run)
+
+
+if __name__ == "__main__":
+    main()

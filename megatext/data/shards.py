@@ -1,0 +1,93 @@
+"""Writing shards: deterministic tars that appear by rename when they are whole, and their manifest."""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatext.data import DataError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TOKENIZER_FOLDER = "tokenizer"
+
+
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """The manifest of a shard directory; raises DataError where there is none or it is of another format."""
+    path = Path(directory) / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        hint = "not a finished shard directory; run data_tools.shard (with --resume if it was interrupted)"
+        raise DataError(f"{path}: no such file: {hint}") from None
+    except ValueError as error:
+        raise DataError(f"{path}: damaged ({error}); write the shards again") from None
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise DataError(f"{path}: format {manifest.get('format_version')}, this code reads format {FORMAT_VERSION}")
+    return manifest
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+
+
+class ShardWriter:
+    """One tar in the making; `close` renames it into place and returns its manifest entry."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.samples = 0
+        self.tokens = 0
+        self.bytes = 0
+        self._hash = hashlib.sha256()
+        self._partial = path.with_name(f".{path.name}.partial")
+        self._file = open(self._partial, "wb")  # noqa: SIM115 (closed by close or abandon)
+
+    def add(self, key: str, arrays: dict[str, np.ndarray], record: dict[str, Any] | None, tokens: int) -> None:
+        """A sample: `<key>.<name>.npy` for each array, and `<key>.json`."""
+        for name, array in arrays.items():
+            buffer = io.BytesIO()
+            np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+            self._member(f"{key}.{name}.npy", buffer.getvalue())
+        if record is not None:
+            self._member(f"{key}.json", json.dumps(record, ensure_ascii=False).encode())
+        self.samples += 1
+        self.tokens += tokens
+
+    def _member(self, name: str, data: bytes) -> None:
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        self._write(info.tobuf(tarfile.PAX_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE))
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self.bytes += len(data)
+
+    def close(self) -> dict[str, Any]:
+        """{file, samples, tokens, bytes, sha256} of the finished shard."""
+        self._write(bytes(2 * tarfile.BLOCKSIZE))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._partial, self.path)
+        return {
+            "file": self.path.name,
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "sha256": self._hash.hexdigest(),
+        }
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        self._file.close()
+        self._partial.unlink(missing_ok=True)

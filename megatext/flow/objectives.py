@@ -1,0 +1,94 @@
+"""Losses of a flow. A loss is a sum and a count over the masked tokens: float32 scalars, normalised by the caller.
+
+Errors per token come first (`squared_error`, `token_losses`), so that the same numbers can be summed, or sorted
+into timestep bins by `by_timestep_bin`.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatext.flow.paths import Path
+
+
+def squared_error(predicted: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over channels: two [rows, tokens, channels] -> float32 [rows, tokens]."""
+    return (predicted.float() - target.float()).square().mean(-1)
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats: logits [rows, tokens, vocab], int64 targets [rows, tokens] -> float32 [rows, tokens]."""
+    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+
+
+def masked_sum(per_token: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum, count) of `per_token` where the boolean `mask` holds. What is masked out may be anything, nan too."""
+    return per_token.float().masked_fill(~mask, 0.0).sum(), mask.sum(dtype=torch.float32)
+
+
+def velocity_mse(
+    path: Path, predicted: Tensor, x0: Tensor, noise: Tensor, t: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Squared error of a predicted velocity [rows, tokens, channels], mean over channels, summed over tokens."""
+    return masked_sum(squared_error(predicted, path.velocity(x0, noise, t)), mask)
+
+
+def x0_mse(predicted: Tensor, x0: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared error of predicted clean latents [rows, tokens, channels], mean over channels, summed over tokens."""
+    return masked_sum(squared_error(predicted, x0), mask)
+
+
+def token_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy in nats of logits [rows, tokens, vocab] against int64 targets [rows, tokens]."""
+    return masked_sum(token_losses(logits, targets), mask)
+
+
+def expected_latent(logits: Tensor, table: Tensor, temperature: float = 1.0) -> Tensor:
+    """Score interpolation (CDCD): x0_hat = softmax(logits / temperature) @ table.
+
+    logits [..., vocab], table [vocab, channels], the latent of every token -> [..., channels] in the table's dtype.
+    A temperature of 0 takes the likeliest token's latent.
+    """
+    if temperature == 0:
+        return table[logits.argmax(-1)]
+    return torch.softmax(logits.float() / temperature, dim=-1).to(table.dtype) @ table
+
+
+def by_timestep_bin(per_token: Tensor, t: Tensor, mask: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """(sums, counts), float32 [bins], of `per_token` [rows, tokens] by equal intervals of t in [0, 1].
+
+    t: scalar, [rows] or [rows, tokens].
+    """
+    t = t.reshape(t.shape + (1,) * (per_token.ndim - t.ndim)).expand_as(per_token)
+    index = (t * bins).long().clamp(0, bins - 1).flatten()
+    weight = mask.float().flatten()
+    zeros = torch.zeros(bins, device=per_token.device)
+    # fixed shapes: boolean indexing would make the host wait for the device
+    values = per_token.float().masked_fill(~mask, 0.0).flatten()
+    return zeros.index_add(0, index, values), zeros.index_add(0, index, weight)
+
+
+def token_log_likelihood(path: Path, z: Tensor, table: Tensor, t: Tensor, min_sigma: float = 0.05) -> Tensor:
+    """log N(z; alpha(t) table[v], sigma(t)^2) up to a constant, for every token v: float32 [rows, tokens, vocab].
+
+    z [rows, tokens, channels], table [vocab, channels], t [rows, tokens]. What a noisy latent says of its own token
+    is known in closed form where every token has one latent; the network is left with what context says.
+    """
+    alpha, sigma = path.alpha(t).float(), path.sigma(t).float().clamp(min=min_sigma)
+    scale = (alpha / sigma.square())[..., None]
+    bias = (alpha.square() / (2 * sigma.square()))[..., None]
+    return (scale * z.float()) @ table.t() - bias * table.square().sum(-1)
+
+
+def constant_predictor_error(path: Path, t: Tensor, target: Literal["velocity", "x0"]) -> Tensor:
+    """Expected error of the best predictor that ignores its input, for latents of mean 0 and variance 1 a channel.
+
+    Same shape as `t`. The best constant is 0, so its error is the target's variance: 1 for x0, alpha'^2 + sigma'^2
+    for the velocity. Binned over the same timesteps as a model's error (`by_timestep_bin`), it is the bar that a
+    model has to stay under in every bin.
+    """
+    if target == "x0":
+        return torch.ones_like(t)
+    return path.alpha_derivative(t).square() + path.sigma_derivative(t).square()

@@ -1,0 +1,61 @@
+"""Integration of the probability-flow ODE from noise (t = 1) to data (t = 0), written in predictions of x0.
+
+Any path becomes the linear one after a rescaling: with y = z / (alpha + sigma) and tau = sigma / (alpha + sigma),
+y = (1 - tau) x0 + tau noise. Steps are taken there, in tau. On the linear path (y = z, tau = t) they are the
+ordinary Euler and Heun steps; on any other, Euler is DDIM, whose last step lands on x0_hat exactly.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatext.flow.paths import Path, match
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+"""(z [rows, tokens, channels], t) -> x0_hat of z's shape."""
+
+
+def euler_step(path: Path, z: Tensor, x0_hat: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+    """z at `t_next`, on the straight line from z through x0_hat.
+
+    t and t_next: scalars, or one value a row or token; where both are 0 (clean context) z comes back as it is.
+    """
+    sigma, sigma_next = match(path.sigma(t), z), match(path.sigma(t_next), z)
+    kept = torch.where(sigma > 0, sigma_next / sigma, 1.0)
+    return kept * z + (match(path.alpha(t_next), z) - kept * match(path.alpha(t), z)) * x0_hat
+
+
+def heun_step(path: Path, denoise: Denoise, z: Tensor, x0_hat: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+    """As `euler_step`, with the direction averaged over both ends: second order, one more call of `denoise`.
+
+    Where t_next is 0 the step is Euler's: the direction at clean data is not defined.
+    """
+    euler = euler_step(path, z, x0_hat, t, t_next)
+    if not bool((t_next > 0).any()):
+        return euler
+    scale, scale_next = path.alpha(t) + path.sigma(t), path.alpha(t_next) + path.sigma(t_next)
+    tau, tau_next = path.sigma(t) / scale, path.sigma(t_next) / scale_next
+    y = z / match(scale, z)
+    x0_next = denoise(euler, t_next)
+    slope = (y - x0_hat) / match(tau, z)
+    slope_next = (euler / match(scale_next, z) - x0_next) / match(tau_next, z)
+    heun = (y + match(tau_next - tau, z) * 0.5 * (slope + slope_next)) * match(scale_next, z)
+    return torch.where(match(t_next, z) > 0, heun, euler)
+
+
+def sample(
+    denoise: Denoise, path: Path, z: Tensor, grid: Tensor, method: Literal["euler", "heun"] = "euler"
+) -> Tensor:
+    """Carry z from grid[0] to grid[-1]. Calls `denoise` with the scalar t of each step.
+
+    z: [rows, tokens, channels]; from pure noise grid[0] is 1. grid: [steps + 1], strictly descending.
+    """
+    for t, t_next in zip(grid[:-1].to(z.device), grid[1:].to(z.device), strict=True):
+        x0_hat = denoise(z, t)
+        if method == "heun":
+            z = heun_step(path, denoise, z, x0_hat, t, t_next)
+        else:
+            z = euler_step(path, z, x0_hat, t, t_next)
+    return z

@@ -1,0 +1,25 @@
+"""How a text is sampled: one configuration for every system, saved with every output."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Solver, guidance and temperature."""
+
+    steps: int = 16
+    """Solver steps, of a block or of the whole target."""
+    solver: Literal["euler", "heun"] = "euler"
+    """Heun costs two network calls a step."""
+    grid: Literal["quantile", "uniform"] = "quantile"
+    """Timesteps at the quantiles of the training distribution, or evenly spaced."""
+    temperature: float = 1.0
+    """Of the token distribution whose expected latent is x0; 0 takes the likeliest. Needs a model that ends in
+    token logits."""
+    guidance_scale: float = 1.0
+    """1 is no guidance; above 1 every step in the interval costs a second network call."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Timesteps in which guidance acts."""
+    length: Literal["oracle", "eos"] = "oracle"
+    """`oracle` generates the number of tokens asked for; `eos` at most that many, cut at the first end of text."""

@@ -1,0 +1,147 @@
+"""Prompts in, text out: one door for every system."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatext import rng
+from megatext.config import ConfigError, from_dict
+from megatext.flow import guidance
+from megatext.flow.solvers import sample
+from megatext.generation.sampling import SamplingConfig
+from megatext.nn.layout import Layout
+from megatext.nn.text_vae import TextVAE
+from megatext.recipes.pretrained import load_text_vae, read_description, weights_hash
+from megatext.recipes.text_dit import TextDiTRecipe, TextDiTRecipeConfig, TextDiTTraining, make_module
+from megatext.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Request:
+    """Token ids of a prompt, how many to generate after it, and the seed of its noise."""
+
+    prompt: list[int]
+    target_tokens: int
+    seed: int
+
+
+class TextGenerator:
+    """Generates with a denoiser and its VAE. A prompt's text is a function of (prompt, length, seed, sampling): it
+    does not depend on the other prompts of the call."""
+
+    def __init__(self, module: TextDiTTraining, vae: TextVAE, tokenizer: Tokenizer) -> None:
+        self.module, self.vae, self.tokenizer = module, vae, tokenizer
+        self.flow = module.flow
+
+    @staticmethod
+    def from_pretrained(directory: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "TextGenerator":
+        """Load an exported model. Raises ConfigError if the directory is not one, or its VAE is another."""
+        description = read_description(directory, "text_dit")
+        config = from_dict(TextDiTRecipeConfig, description["config"], where=f"{directory}/config.json")
+        vae_directory = Path(directory) / "vae"
+        if weights_hash(vae_directory) != description["vae_hash"]:
+            raise ConfigError(f"{vae_directory} is not the VAE this model was trained on; export the model again")
+        vae, _ = load_text_vae(vae_directory)
+        module = make_module(config, vae)
+        module.network.load_state_dict(load_file(Path(directory) / "model.safetensors"))
+        module.network.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        if module.table is not None:
+            module.table = module.table.to(device)
+        return TextGenerator(module, vae.to(device), load_tokenizer(directory))
+
+    @staticmethod
+    def from_recipe(recipe: TextDiTRecipe) -> "TextGenerator":
+        """The present weights of a training run (previews); under ZeRO-3 every rank must call `generate` alike."""
+        return TextGenerator(recipe.module, recipe.vae, load_tokenizer(recipe.vae_directory))
+
+    def generate(
+        self, prompts: list[str], *, target_tokens: list[int], seeds: list[int], sampling: SamplingConfig | None = None
+    ) -> list[str]:
+        """The continuation of each prompt ("" for a passage from nothing), `target_tokens[i]` tokens long.
+
+        Raises ValueError where the lists differ in length, ConfigError where the sampling does not fit the model."""
+        if not len(prompts) == len(target_tokens) == len(seeds):
+            raise ValueError(f"{len(prompts)} prompts, {len(target_tokens)} lengths, {len(seeds)} seeds: give one of each")
+        sampling = sampling or SamplingConfig()
+        requests = [Request(self.tokenizer.encode(p), n, s) for p, n, s in zip(prompts, target_tokens, seeds, strict=True)]
+        texts = [[] for _ in requests]  # type: list[list[int]]
+        for pieces in self._pieces(requests, sampling):
+            for text, piece in zip(texts, pieces, strict=True):
+                text.extend(piece)
+        return [self.tokenizer.decode(self._cut(text, sampling)) for text in texts]
+
+    def stream(self, prompt: str, *, target_tokens: int, seed: int = 0, sampling: SamplingConfig | None = None) -> Iterator[str]:
+        """The continuation of one prompt, block by block as it is written (all at once for a one-shot model)."""
+        sampling = sampling or SamplingConfig()
+        request = Request(self.tokenizer.encode(prompt), target_tokens, seed)
+        tokens: list[int] = []
+        shown = 0
+        for (piece,) in self._pieces([request], sampling):
+            tokens.extend(piece)
+            cut = self._cut(tokens, sampling)
+            text = self.tokenizer.decode(cut)
+            yield text[shown:]
+            shown = len(text)
+            if len(cut) < len(tokens):
+                return
+
+    def _cut(self, tokens: list[int], sampling: SamplingConfig) -> list[int]:
+        eos = self.tokenizer.eos_id
+        return tokens[: tokens.index(eos)] if sampling.length == "eos" and eos in tokens else tokens
+
+    @torch.no_grad()
+    def _pieces(self, requests: list[Request], sampling: SamplingConfig) -> Iterator[list[list[int]]]:
+        from megatext.generation import blockwise, oneshot
+
+        if sampling.temperature != 1.0 and self.flow.objective != "token_cross_entropy":
+            raise ConfigError("temperature needs a model that ends in token logits (objective token_cross_entropy)")
+        training = self.module.training
+        self.module.eval()
+        try:
+            yield from (blockwise if self.flow.block_tokens else oneshot).generate(self, requests, sampling)
+        finally:
+            self.module.train(training)
+
+    def denoise(self, z: Tensor, grid: Tensor, sampling: SamplingConfig, conditional: Any, unconditional: Any) -> Tensor:
+        """Carry z to t = 0 and return x0 as the model last saw it, `[rows, columns, channels]`, together with the
+        token logits where the model has them. `conditional` and `unconditional` are functions (z, t) -> prediction."""
+        last: dict[str, Tensor] = {}
+
+        def x0(z: Tensor, t: Tensor) -> Tensor:
+            previous = last.get("x0") if self.module.network.config.self_conditioning else None
+            predicted = conditional(z, t, previous)
+            if guidance.active(float(t), sampling.guidance_scale, sampling.guidance_interval):
+                predicted = guidance.combine(predicted, unconditional(z, t, previous), sampling.guidance_scale)
+            every = t.expand(z.shape[:2])
+            last["x0"] = self.module.x0(z, every, predicted, sampling.temperature)
+            if self.flow.objective == "token_cross_entropy":
+                last["logits"] = self.module.logits(predicted, z, every)
+            return last["x0"]
+
+        last["x0"] = sample(x0, self.module.path, z, grid, sampling.solver)
+        return last.get("logits", last["x0"])
+
+    def grid(self, sampling: SamplingConfig) -> Tensor:
+        return self.flow.timesteps.inference_grid(sampling.steps, sampling.grid)
+
+    def tokens_of(self, final: Tensor, layout: Layout) -> Tensor:
+        """Token ids `[rows, columns]` of what `denoise` returned: the likeliest token, or the VAE's decoding."""
+        if self.flow.objective == "token_cross_entropy":
+            return final.argmax(dim=-1)
+        return self.vae.decode(self.vae.unstandardise(final), layout).argmax(dim=-1)
+
+    def latents_of(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """Standardised latents (posterior mean) of clean tokens."""
+        if self.module.table is not None:
+            return self.module.table[tokens]
+        return self.vae.standardise(self.vae.encode(tokens, layout)[0])
+
+    def noise(self, requests: list[Request], block: list[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Standard normal `[rows, *shape]`: row r from (seed, block) of its request alone."""
+        rows = [rng.normal(r.seed, "generation", [b], shape, device) for r, b in zip(requests, block, strict=True)]
+        return torch.cat(rows)

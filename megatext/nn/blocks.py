@@ -1,0 +1,204 @@
+"""The parts every network here is built from: RoPE, QK-norm attention, MLPs, adaLN-zero, timestep embedding."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatext.nn.attention import KVCache, Mask, attend
+
+
+@dataclass(frozen=True)
+class TrunkConfig:
+    """A stack of pre-norm transformer blocks."""
+
+    layers: int = 6
+    """Number of blocks."""
+    width: int = 256
+    """Channels of the residual stream."""
+    heads: int = 4
+    """Attention heads; width / heads is the head width."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over `width`."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """`swiglu` has three matrices, so the same ratio costs half as much again."""
+    norm: Literal["layer", "rms"] = "layer"
+    """LayerNorm (TextLDM) or RMSNorm."""
+    qk_norm: bool = True
+    """RMS-normalise queries and keys: keeps attention logits bounded in bf16."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary embedding."""
+    activation_checkpointing: int = 0
+    """Recompute every n-th block in the backward pass; 0 keeps all activations."""
+
+
+def make_norm(config: TrunkConfig, width: int, affine: bool) -> nn.Module:
+    if config.norm == "rms":
+        return nn.RMSNorm(width, eps=1e-6, elementwise_affine=affine)
+    return nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine)
+
+
+def rope_tables(position: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 `[rows, 1, tokens, head_width / 2]`, computed in full precision once a forward pass."""
+    frequency = theta ** (-torch.arange(0, head_width, 2, device=position.device, dtype=torch.float32) / head_width)
+    angle = position.float()[:, None, :, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + d/2) of x `[rows, heads, tokens, d]` (arXiv 2104.09864)."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with RoPE and QK-norm over packed rows; reads and extends a KV cache if given."""
+
+    def __init__(self, config: TrunkConfig) -> None:
+        super().__init__()
+        self.heads, self.head_width = config.heads, config.width // config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_width, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_width, eps=1e-6) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, past: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x `[rows, tokens, width]` -> (output, k, v); `past` keys and values stand before the row's own."""
+        rows, tokens, width = x.shape
+        q, k, v = self.qkv(x).view(rows, tokens, 3, self.heads, self.head_width).permute(2, 0, 3, 1, 4)
+        q, k = apply_rope(self.q_norm(q), *rope), apply_rope(self.k_norm(k), *rope)
+        keys, values = (k, v) if past is None else (torch.cat((past[0], k), 2), torch.cat((past[1], v), 2))
+        mixed = attend(q, keys, values, mask).transpose(1, 2).reshape(rows, tokens, width)
+        return self.out(mixed), k, v
+
+
+class MLP(nn.Module):
+    """width -> ratio * width -> width with GELU (tanh form) or SwiGLU."""
+
+    def __init__(self, config: TrunkConfig) -> None:
+        super().__init__()
+        hidden = int(config.mlp_ratio * config.width)
+        self.gated = config.mlp == "swiglu"
+        self.up = nn.Linear(config.width, hidden * (2 if self.gated else 1), bias=False)
+        self.down = nn.Linear(hidden, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gated:
+            gate, value = self.up(x).chunk(2, dim=-1)
+            return self.down(F.silu(gate) * value)
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-norm block; with `conditioned` the norms are modulated by adaLN-zero (DiT, arXiv 2212.09748)."""
+
+    def __init__(self, config: TrunkConfig, conditioned: bool = False) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config, config.width, affine=not conditioned)
+        self.attention = Attention(config)
+        self.mlp_norm = make_norm(config, config.width, affine=not conditioned)
+        self.mlp = MLP(config)
+        self.modulation = nn.Linear(config.width, 6 * config.width) if conditioned else None
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Mask,
+        condition: tuple[Tensor, Tensor] | None = None,
+        past: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`condition` is (embedding `[distinct, width]`, index `[rows, tokens]`): modulation is computed once for
+        each distinct timestep and gathered, not once a token. Returns (x, k, v)."""
+        if self.modulation is None:
+            mixed, k, v = self.attention(self.attention_norm(x), rope, mask, past)
+            x = x + mixed
+            return x + self.mlp(self.mlp_norm(x)), k, v
+        assert condition is not None
+        embedding, index = condition
+        table = self.modulation(F.silu(embedding))
+        # an embedding look-up: its backward is several times faster than that of indexing, on CPU
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = F.embedding(index, table).chunk(6, dim=-1)
+        mixed, k, v = self.attention(self.attention_norm(x) * (1 + scale_a) + shift_a, rope, mask, past)
+        x = x + gate_a * mixed
+        return x + gate_m * self.mlp(self.mlp_norm(x) * (1 + scale_m) + shift_m), k, v
+
+
+class Trunk(nn.Module):
+    """A stack of blocks with a final norm."""
+
+    def __init__(self, config: TrunkConfig, conditioned: bool = False) -> None:
+        super().__init__()
+        if config.width % config.heads or (config.width // config.heads) % 2:
+            raise ValueError(f"width {config.width} must be an even multiple of heads {config.heads}")
+        self.config = config
+        self.blocks = nn.ModuleList(Block(config, conditioned) for _ in range(config.layers))
+        self.norm = make_norm(config, config.width, affine=True)
+
+    def forward(
+        self,
+        x: Tensor,
+        position: Tensor,
+        mask: Mask,
+        condition: tuple[Tensor, Tensor] | None = None,
+        cache: KVCache | None = None,
+        write: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """x `[rows, tokens, width]`, `position [rows, tokens]`. With a cache, its slots are keys before the row's
+        own; `write = (position, keep)` also commits this call's keys and values to it."""
+        rope = rope_tables(position, self.config.width // self.config.heads, self.config.rope_theta)
+        every = self.config.activation_checkpointing
+        for i, block in enumerate(self.blocks):
+            past = (cache.keys[i], cache.values[i]) if cache is not None else None
+            if every and i % every == 0 and self.training and torch.is_grad_enabled():
+                x, k, v = checkpoint(block, x, rope, mask, condition, past, use_reentrant=False)
+            else:
+                x, k, v = block(x, rope, mask, condition, past)
+            if cache is not None and write is not None:
+                cache.write(i, k, v, *write)
+        return self.norm(x)
+
+
+class TimestepEmbedding(nn.Module):
+    """t in [0, 1] -> sinusoids of 1000 t in float32 -> two-layer MLP (DiT)."""
+
+    def __init__(self, width: int, frequencies: int = 256) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t `[n]` -> `[n, width]`."""
+        half = self.frequencies // 2
+        rate = torch.exp(-math.log(10_000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+        angle = 1000.0 * t.float()[:, None] * rate
+        sinusoids = torch.cat((angle.cos(), angle.sin()), dim=-1)
+        return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))
+
+
+def initialise(module: nn.Module, draw: Callable[[str, Tensor], Tensor]) -> None:
+    """Fill every parameter by name, so that the values do not depend on construction order or sharding.
+
+    Matrices get a normal of standard deviation 1 / sqrt(fan in) (embeddings 1 / sqrt(width)), projections back
+    into the residual stream are scaled by 1 / sqrt(2 layers), norms are 1, biases, modulations and output heads
+    named `head` 0 (adaLN-zero and DiT's zero-initialised output)."""
+    layers = max(1, sum(isinstance(m, Block) for m in module.modules()))
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            kind = name.rsplit(".", 2)[-2] if "." in name else name
+            if parameter.ndim < 2:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            elif kind in ("modulation", "head"):
+                parameter.zero_()
+            else:
+                scale = parameter.shape[-1] ** -0.5
+                if kind in ("out", "down"):
+                    scale /= math.sqrt(2 * layers)
+                parameter.copy_(draw(name, parameter) * scale)

@@ -1,0 +1,71 @@
+"""TextDiT: a transformer over clean and noisy latents in one packed row (TextLDM section 3.2, Cola DLM)."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from megatext.nn.attention import KVCache, Mask
+from megatext.nn.blocks import TimestepEmbedding, Trunk, TrunkConfig
+
+
+@dataclass(frozen=True)
+class TextDiTConfig:
+    """Architecture of the denoiser."""
+
+    trunk: TrunkConfig = field(default_factory=TrunkConfig)
+    """The transformer."""
+    time_conditioning: Literal["none", "adaln"] = "adaln"
+    """`none` is TextLDM as published (no timestep enters the network), `adaln` is DiT's adaLN-zero."""
+    output: Literal["latent", "tokens"] = "latent"
+    """`latent` predicts a velocity or x0; `tokens` ends in logits, whose expected latent is x0 (CDCD)."""
+    self_conditioning: bool = False
+    """Feed the previous x0 estimate back in (Analog Bits, arXiv 2208.04202)."""
+    role_embedding: bool = True
+    """A learned vector that tells target from context; without it only the timestep does."""
+
+
+class TextDiT(nn.Module):
+    """Latents at per-token noise levels in, x0 / velocity / token logits out.
+
+    Knows no noise schedule: what the timestep means is the caller's affair; t = 0 marks clean tokens."""
+
+    def __init__(self, config: TextDiTConfig, latent_channels: int, vocab_size: int) -> None:
+        super().__init__()
+        self.config, self.latent_channels = config, latent_channels
+        width = config.trunk.width
+        self.latent_in = nn.Linear(latent_channels * (2 if config.self_conditioning else 1), width)
+        self.role = nn.Embedding(2, width) if config.role_embedding else None
+        conditioned = config.time_conditioning == "adaln"
+        self.timestep = TimestepEmbedding(width) if conditioned else None
+        self.trunk = Trunk(config.trunk, conditioned)
+        self.head = nn.Linear(width, vocab_size if config.output == "tokens" else latent_channels)
+
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        timestep_index: Tensor,
+        position: Tensor,
+        target: Tensor,
+        mask: Mask,
+        *,
+        self_condition: Tensor | None = None,
+        predict: slice | None = None,
+        cache: KVCache | None = None,
+        write: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """latents `[rows, tokens, channels]`; `timesteps [distinct]` float32 and `timestep_index [rows, tokens]` into
+        it; `position [rows, tokens]`; `target` bool `[rows, tokens]` (to be generated); `predict` limits the output
+        head to a slice of columns. Returns `[rows, predicted, channels or vocab_size]`."""
+        dtype = self.latent_in.weight.dtype
+        if self.config.self_conditioning:
+            previous = torch.zeros_like(latents) if self_condition is None else self_condition
+            latents = torch.cat((latents, previous), dim=-1)
+        x = self.latent_in(latents.to(dtype))
+        if self.role is not None:
+            x = x + self.role(target.long())
+        condition = (self.timestep(timesteps), timestep_index) if self.timestep is not None else None
+        x = self.trunk(x, position, mask, condition, cache, write)
+        return self.head(x if predict is None else x[:, predict])

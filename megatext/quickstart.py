@@ -1,0 +1,210 @@
+"""The stages from raw text to scored samples, as the commands a user would type, built from a preset folder.
+
+A preset folder holds `stages.yaml` (QuickstartConfig), a configuration for every training run, `evaluation.yaml`
+(the task) and `systems.yaml` (the rows of the table). The configurations are used as they are, so each command can
+be repeated by hand; a recipe other than the default has its own `dit_RECIPE.yaml` and `systems_RECIPE.yaml`.
+"""
+
+import os
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from megatext.config import ConfigError, from_dict
+from megatext.stages import Stage
+
+RECIPES = ("default", "textldm_paper")
+RUNS = {"lm": "lm", "vae": "vae", "token_vae": "vae", "dit": "dit", "dit_textldm_paper": "dit"}
+"""Training run, which is also the name of its configuration -> launch/pretrain_*.py."""
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """`stages.yaml` of a preset."""
+
+    work_dir: str
+    """Everything the quickstart writes is in here."""
+    corpus: str = "pydocs:"
+    """Input of data_tools.shard."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Further options, as typed, of train_tokenizer, shard and extract_hidden_states (which have no configuration)."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """How long a stage is expected to take, by its name: what the time left is told from."""
+
+
+class Quickstart:
+    """The stages of one preset and recipe. Reads the preset's files and runs nothing; raises ConfigError."""
+
+    def __init__(
+        self,
+        configs: Path,
+        *,
+        recipe: str = "default",
+        num_processes: int = 1,
+        corpus: str | None = None,
+        teacher: str | None = None,
+    ) -> None:
+        """`corpus` replaces the preset's input. `teacher` (a Hugging Face causal LM) replaces the AR baseline as
+        REPA teacher; the shards then have its tokenizer."""
+        self.configs, self.recipe, self.num_processes = configs, recipe, num_processes
+        self.preset = from_dict(QuickstartConfig, self._read("stages"), where=str(configs / "stages.yaml"))
+        self.work_dir = Path(self.preset.work_dir)
+        self.results = self.work_dir if recipe == "default" else self.work_dir / recipe
+        self.stages: list[Stage] = []
+        self._data(corpus or self.preset.corpus, teacher)
+        dit, runs = self._training(teacher)
+        self._evaluation(dit, runs)
+        stages = {f"{verb}_{run}" for verb in ("pretrain", "export") for run in RUNS}
+        stages |= {"train_tokenizer", *(stage.name for stage in self.stages)}
+        for key, given, known in [
+            ("options", set(self.preset.options), {"train_tokenizer", "shard", "extract_hidden_states"}),
+            ("seconds", set(self.preset.seconds), stages),
+        ]:
+            if unknown := sorted(given - known):
+                what = f"no stage is called {', '.join(unknown)}; known here: {', '.join(sorted(known))}"
+                raise ConfigError(f"{configs}/stages.yaml: {key}: {what}")
+
+    def _data(self, corpus: str, teacher: str | None) -> None:
+        tokenizer, shards = self.work_dir / "tokenizer", self.work_dir / "shards"
+        source, options = f"--input {shlex.quote(corpus)}", self.preset.options
+        if teacher is None:
+            make = f"python -m data_tools.train_tokenizer {source} --output {tokenizer}"
+            self._add("train_tokenizer", f"{make} {options.get('train_tokenizer', '')}", writes=[tokenizer])
+        self._add(
+            "shard",
+            f"python -m data_tools.shard {source} --tokenizer {teacher or tokenizer} --output {shards}"
+            f" {options.get('shard', '')}",
+            writes=[shards],
+            needs=[] if teacher else ["train_tokenizer"],
+        )
+
+    def _training(self, teacher: str | None) -> tuple[str, list[str]]:
+        """Name of the DiT's run, and the directories of all runs."""
+        self._train("lm", needs=["shard"])
+        states = self.work_dir / "hidden_states"
+        extract = (
+            f"python -m data_tools.extract_hidden_states --shards {self.work_dir / 'shards'}"
+            f" --model {teacher or self._model('lm')} --layer -3"
+            f" --max-tokens {self._read('vae')['data']['max_tokens']} --output {states}"
+            f" {self.preset.options.get('extract_hidden_states', '')}"
+        )
+        self._add("extract_hidden_states", extract, writes=[states], needs=["shard"] if teacher else ["export_lm"])
+        # Held-out states go beside the others: their alignment is what tells that REPA works.
+        self._add(
+            "extract_hidden_states_validation",
+            f"{extract} --split validation",
+            writes=[states / "validation-000000.tar"],
+            needs=["extract_hidden_states"],
+        )
+        self._train("vae", needs=["extract_hidden_states_validation"])
+        vaes, dit = ["vae"], f"dit_{self.recipe}"
+        if self.recipe == "default":
+            self._train("token_vae", needs=["shard"])
+            vaes, dit = ["vae", "token_vae"], "dit"
+        directory = Path(self._read(dit)["dit"]["vae"])
+        lives_on = [vae for vae in vaes if self._model(vae) == directory]
+        if not lives_on:
+            trained = ", ".join(str(self._model(vae)) for vae in vaes)
+            raise ConfigError(f"{self.configs}/{dit}.yaml: dit.vae is {directory}, but trained here is {trained}")
+        self._train(dit, needs=["shard", f"export_{lives_on[0]}"], export_options="--ema ")
+        return dit, [self._read(run)["run_dir"] for run in ["lm", *vaes, dit]]
+
+    def _train(self, run: str, needs: list[str], export_options: str = "") -> None:
+        config, ranks = self.configs / f"{run}.yaml", self.num_processes
+        run_dir, model = self._read(run)["run_dir"], self._model(run)
+        self._add(
+            f"pretrain_{run}",
+            f"deepspeed --quiet --num_gpus {ranks} launch/pretrain_{RUNS[run]}.py --config {config}"
+            + (" --deepspeed_config ds_configs/zero3.json" if ranks > 1 else ""),
+            writes=[Path(run_dir)],
+            needs=needs,
+            reads=[config],
+            continues=True,
+            environment=threads_of_a_rank(ranks),
+        )
+        self._add(
+            f"export_{run}",
+            f"python launch/export.py --run {run_dir} {export_options}--output {model}",
+            writes=[model],
+            needs=[f"pretrain_{run}"],
+        )
+
+    def _evaluation(self, dit: str, runs: list[str]) -> None:
+        task = self.configs / "evaluation.yaml"
+        systems = self.configs / ("systems.yaml" if self.recipe == "default" else f"systems_{self.recipe}.yaml")
+        judge, output = f"--judge {self._model('lm')}", f"--output {self.results}"
+        self._add(
+            "manifest",
+            f"python -m evaluation manifest --task {task} {output}",
+            writes=[self.results / "manifest.jsonl"],
+            needs=["shard"],
+            reads=[task],
+        )
+        self._add(
+            "generate",
+            f"python -m evaluation generate --systems {systems} {judge} {output}",
+            writes=[self.results / "generations.json"],
+            needs=["manifest", "export_lm", f"export_{dit}"],
+            reads=[systems],
+            continues=True,
+        )
+        self._add(
+            "score",
+            f"python -m evaluation score {judge} {output}",
+            writes=[self.results / "results.json"],
+            needs=["generate"],
+            continues=True,
+        )
+        self._add(
+            "report",
+            f"python -m evaluation report {output} --runs {' '.join(runs)}",
+            writes=[self.results / "report.html"],
+            needs=["score", *(f"pretrain_{run}" for run in RUNS if f"pretrain_{run}" in {s.name for s in self.stages})],
+        )
+
+    def _add(
+        self,
+        name: str,
+        command: str,
+        writes: list[Path],
+        needs: list[str] | None = None,
+        reads: list[Path] | None = None,
+        continues: bool = False,
+        environment: tuple[tuple[str, str], ...] = (),
+    ) -> None:
+        self.stages.append(
+            Stage(
+                name,
+                command=tuple(shlex.split(command)),
+                reads=tuple(reads or ()),
+                writes=tuple(writes),
+                needs=tuple(needs or ()),
+                continues=continues,
+                environment=environment,
+                expected_seconds=self.preset.seconds.get(name, 30.0),
+            )
+        )
+
+    def _model(self, run: str) -> Path:
+        """Where a run's model is exported to."""
+        return self.work_dir / "models" / run
+
+    def _read(self, name: str) -> dict[str, Any]:
+        path = self.configs / f"{name}.yaml"
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such file; the folders of launch/configs show what a preset holds")
+        return OmegaConf.to_container(OmegaConf.load(path), resolve=True)  # type: ignore[return-value]
+
+
+def threads_of_a_rank(ranks: int) -> tuple[tuple[str, str], ...]:
+    """OMP_NUM_THREADS for several ranks that share this machine's cores; nothing where there is an accelerator."""
+    if ranks == 1:
+        return ()
+    import torch
+
+    if torch.accelerator.is_available():
+        return ()
+    return (("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks))),)

@@ -1,0 +1,286 @@
+"""TextDiT on the latents of a frozen TextVAE: TextLDM as published, and what measures better at small scale.
+
+One recipe with options. `block_tokens: 0` is TextLDM (arXiv 2605.07748): a context and a noisy target in one row,
+one shot. `block_tokens: n` is block-causal training in two streams (Cola DLM, arXiv 2605.06548): a clean copy of
+the row as history, and noisy copies in which every block of n tokens is denoised given the clean blocks before it.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from megatext import rng
+from megatext.config import ConfigError
+from megatext.data.packing import TokenBatch
+from megatext.flow import objectives
+from megatext.flow.paths import Path as NoisePath
+from megatext.flow.paths import path_from_name
+from megatext.flow.timesteps import TimestepConfig
+from megatext.nn.attention import make_mask
+from megatext.nn.blocks import initialise
+from megatext.nn.dit import TextDiT, TextDiTConfig
+from megatext.nn.layout import CONTEXT, TARGET, Layout
+from megatext.nn.text_vae import TextVAE
+from megatext.recipes.base import Output, Prepared, Recipe
+from megatext.recipes.draws import RowDraws
+from megatext.recipes.pretrained import load_text_vae, write_model
+from megatext.training.trainer import RunConfig
+
+TIMESTEP_BINS = 10
+"""Loss is logged in this many equal bins of the timestep."""
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """The process: how latents become noise, what the network predicts, which timesteps it trains on."""
+
+    path: str = "linear"
+    """`linear` interpolation (TextLDM, Cola), or the tangent schedule `tan-D` (LDLM: tan-3)."""
+    objective: Literal["velocity", "x0", "token_cross_entropy"] = "velocity"
+    """`token_cross_entropy`: logits whose expected latent is x0 (score interpolation, CDCD arXiv 2211.15089)."""
+    timesteps: TimestepConfig = field(default_factory=TimestepConfig)
+    """Distribution of training timesteps; the quantile inference grid follows it."""
+    token_likelihood: bool = False
+    """Add the exact log-likelihood of each token's noisy latent to the logits (Bayes with the network as prior)."""
+    block_tokens: int = 0
+    """Tokens of a block; 0 generates the whole target in one shot."""
+    noise_copies: int = 1
+    """Noisy copies of a row that share one clean copy (two-stream training only)."""
+    partial_block_probability: float = 0.1
+    """Share of blocks whose first tokens are given clean, as the block in which a prompt ends."""
+    self_conditioning_probability: float = 0.0
+    """Share of steps in which a first pass provides the self-condition."""
+    condition_dropout: float = 0.1
+    """Share of segments that are generated without context, for classifier-free guidance."""
+    null_condition: Literal["zeros", "drop"] = "drop"
+    """A dropped context is zero vectors (TextLDM) or not there at all (Cola's empty prefix)."""
+    unconditional_probability: float = 0.1
+    """Share of segments that are all target (one shot only; blocks start from nothing by themselves)."""
+    context_fraction: tuple[float, float] = (0.1, 0.9)
+    """Range of the context's share of a segment (one shot only)."""
+
+
+@dataclass(frozen=True)
+class TextDiTRecipeConfig:
+    """A TextDiT and the VAE it lives on."""
+
+    vae: str = ""
+    """Directory of the exported TextVAE (frozen)."""
+    network: TextDiTConfig = field(default_factory=TextDiTConfig)
+    """The denoiser."""
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    """The process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainDiTConfig(RunConfig):
+    """launch/pretrain_dit.py"""
+
+    dit: TextDiTRecipeConfig
+    """The system."""
+
+
+class TextDiTTraining(nn.Module):
+    """The denoiser with its loss: the one module the engine wraps."""
+
+    def __init__(self, network: TextDiT, flow: FlowConfig, path: NoisePath, table: Tensor | None) -> None:
+        super().__init__()
+        self.network, self.flow, self.path, self.table = network, flow, path, table
+
+    def forward(
+        self, latents: Tensor, noise: Tensor, tokens: Tensor, timesteps: Tensor, timestep_index: Tensor,
+        layout: Layout, loss_mask: Tensor, predict: slice, self_condition: bool, mask: Any,
+    ) -> Output:
+        """`latents` are the clean ones `[rows, columns, channels]`, `noise` like them, `tokens`, `timestep_index`,
+        `layout` `[rows, columns]`; `loss_mask` bool `[rows, predicted columns]`."""
+        t = timesteps[timestep_index]
+        noisy = self.path.interpolate(latents, noise, t)
+        previous = None
+        if self_condition:
+            with torch.no_grad():
+                previous = torch.zeros_like(latents)
+                previous[:, predict] = self.x0(noisy[:, predict], t[:, predict], self._predict(
+                    noisy, timesteps, timestep_index, layout, predict, mask, None))
+        predicted = self._predict(noisy, timesteps, timestep_index, layout, predict, mask, previous)
+        per_token = self._loss_per_token(
+            predicted, noisy[:, predict], latents[:, predict], noise[:, predict], tokens[:, predict], t[:, predict]
+        )
+        total = (per_token * loss_mask).sum()
+        sums, counts = objectives.by_timestep_bin(per_token.detach(), t[:, predict], loss_mask, TIMESTEP_BINS)
+        metrics = {f"loss_t{i}": (sums[i], counts[i]) for i in range(TIMESTEP_BINS)}
+        return Output(loss_sums={"flow": total}, metrics=metrics)
+
+    def _predict(self, noisy: Tensor, timesteps: Tensor, timestep_index: Tensor, layout: Layout, predict: slice,
+                 mask: Any, previous: Tensor | None) -> Tensor:
+        return self.network(noisy, timesteps, timestep_index, layout.position, layout.role != CONTEXT, mask,
+                            self_condition=previous, predict=predict).float()
+
+    def logits(self, predicted: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        """Token logits, with the likelihood of the noisy latent added where the recipe says so."""
+        if not self.flow.token_likelihood:
+            return predicted
+        assert self.table is not None
+        return predicted + objectives.token_log_likelihood(self.path, noisy, self.table, t)
+
+    def x0(self, noisy: Tensor, t: Tensor, predicted: Tensor, temperature: float = 1.0) -> Tensor:
+        """The clean latents that a prediction stands for, float32 `[rows, columns, channels]`."""
+        if self.flow.objective == "token_cross_entropy":
+            assert self.table is not None
+            return objectives.expected_latent(self.logits(predicted, noisy, t), self.table, temperature)
+        return self.path.x0_from_velocity(noisy, predicted, t) if self.flow.objective == "velocity" else predicted
+
+    def _loss_per_token(self, predicted: Tensor, noisy: Tensor, latents: Tensor, noise: Tensor, tokens: Tensor,
+                        t: Tensor) -> Tensor:
+        """float32 `[rows, columns]`: nats of a token, or squared error averaged over channels."""
+        if self.flow.objective == "token_cross_entropy":
+            logits = self.logits(predicted, noisy, t)
+            return nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(t)
+        goal = self.path.velocity(latents, noise, t) if self.flow.objective == "velocity" else latents
+        return (predicted - goal).square().mean(dim=-1)
+
+
+def make_module(config: TextDiTRecipeConfig, vae: TextVAE) -> TextDiTTraining:
+    """The module of a recipe, for training and for generation; checks that the options fit together."""
+    flow, network = config.flow, config.network
+    tokens_out = network.output == "tokens"
+    if (flow.objective == "token_cross_entropy") != tokens_out:
+        raise ConfigError(f"dit.network.output is {network.output!r} but dit.flow.objective is {flow.objective!r}: "
+                          "token_cross_entropy needs output: tokens, the others output: latent")
+    if tokens_out and not vae.token_local:
+        raise ConfigError("dit.flow.objective token_cross_entropy needs a VAE with a token-local encoder "
+                          "(vae.network.encoder.layers: 0): a contextual one has no latent per token")
+    if flow.block_tokens and not vae.token_local and vae.config.attention == "full":
+        raise ConfigError("dit.flow.block_tokens needs a VAE with a token-local or (block-)causal encoder: the latents "
+                          "of a bidirectional one tell the history what comes after it")
+    if flow.token_likelihood and not tokens_out:
+        raise ConfigError("dit.flow.token_likelihood adds to token logits: it needs objective token_cross_entropy")
+    if flow.self_conditioning_probability > 0 and not network.self_conditioning:
+        raise ConfigError("dit.flow.self_conditioning_probability > 0 needs dit.network.self_conditioning: true")
+    table = vae.token_table() if tokens_out else None
+    dit = TextDiT(network, vae.config.latent_channels, vae.vocab_size)
+    return TextDiTTraining(dit, flow, path_from_name(flow.path), table)
+
+
+class TextDiTRecipe(Recipe):
+    """Prepares rows for TextDiT: encode, split or copy, draw timesteps and noise, all keyed by the row."""
+
+    module: TextDiTTraining
+
+    def __init__(self, config: PretrainDiTConfig) -> None:
+        self.config, self.seed, self.flow = config.dit, config.seed, config.dit.flow
+        self.vae_directory = Path(config.dit.vae)
+        self.vae, self.tokenizer_fingerprint = load_text_vae(self.vae_directory)
+        self.module = make_module(config.dit, self.vae)
+        initialise(self.module, lambda name, p: torch.randn(p.shape, generator=rng.generator(self.seed, f"init/{name}")))
+
+    def to(self, device: torch.device) -> None:
+        self.vae.to(device)
+        if self.module.table is not None:
+            self.module.table = self.module.table.to(device)
+
+    def loss_weights(self, step: int) -> dict[str, float]:
+        return {"flow": 1.0}
+
+    @torch.no_grad()
+    def prepare(self, batch: TokenBatch, *, step: int, purpose: str = "train") -> Prepared:
+        draw = RowDraws(self.seed, purpose, batch.row_index)
+        make = self._two_streams if self.flow.block_tokens else self._context_and_target
+        inputs = make(batch, draw)
+        coin = rng.uniform(self.seed, f"{purpose}/self_condition", [step])[0]
+        inputs["self_condition"] = bool(coin < self.flow.self_conditioning_probability)
+        return Prepared(inputs, {"flow": inputs["loss_mask"].sum().double()})
+
+    def _timesteps(self, draw: "RowDraws", group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        """(`timesteps [1 + rows * groups]`, index `[rows, columns]`): one timestep for each row and group, entry 0 the
+        clean end. In a row the timesteps are a golden-ratio sequence: spread evenly, whatever the row's length."""
+        u = (draw.uniform("timestep")[:, None] + 0.6180339887498949 * np.arange(groups)) % 1.0
+        t = self.flow.timesteps.quantile(torch.from_numpy(u)).float().flatten().to(group.device)
+        rows = torch.arange(group.shape[0], device=group.device)[:, None]
+        return torch.cat((t.new_zeros(1), t)), 1 + rows * groups + group
+
+    def _two_streams(self, batch: TokenBatch, draw: "RowDraws") -> dict[str, Any]:
+        """One clean copy of the row and `noise_copies` noisy ones, block by block."""
+        size, copies = self.flow.block_tokens, self.flow.noise_copies
+        clean = Layout.of(batch.segment, batch.position, block_tokens=size)
+        rows, columns = batch.tokens.shape
+        mean, _, _ = self.vae.encode(batch.tokens, clean)
+        latents = self.vae.standardise(mean).repeat(1, 1 + copies, 1)
+        boundary = torch.ones_like(batch.segment, dtype=torch.bool)
+        boundary[:, 1:] = (clean.segment[:, 1:] != clean.segment[:, :-1]) | (clean.block[:, 1:] != clean.block[:, :-1])
+        number = boundary.cumsum(dim=1) - 1  # running number of the block in its row
+        dropped = draw.per_group("condition_dropout", columns, batch.segment) < self.flow.condition_dropout
+        noisy, groups, known = [], [], []
+        for copy in range(copies):
+            # A dropped segment gets a number of its own: the clean copy, its history, is out of sight.
+            segment = torch.where(dropped & clean.real, clean.segment + columns, clean.segment)
+            noisy.append(replace(clean.with_role(TARGET + copy), segment=segment))
+            groups.append(copy * columns + number)
+            partial = draw.per_group(f"partial/{copy}", columns, number)
+            length = (partial / max(self.flow.partial_block_probability, 1e-9) * size).long()
+            known.append((partial < self.flow.partial_block_probability) & (batch.position % size < length))
+        timesteps, index = self._timesteps(draw, torch.cat(groups, dim=1), copies * columns)
+        pinned = torch.cat(known, dim=1)
+        index = torch.cat((torch.zeros_like(batch.tokens), index.masked_fill(pinned, 0)), dim=1)
+        layout = Layout.concatenate([clean, *noisy])
+        return {
+            "latents": latents,
+            "noise": draw.normal("noise", tuple(latents.shape[1:]), latents.device),
+            "tokens": batch.tokens.repeat(1, 1 + copies),
+            "timesteps": timesteps, "timestep_index": index, "layout": layout,
+            "mask": make_mask("two_stream", layout),
+            "loss_mask": layout.real[:, columns:] & ~pinned,
+            "predict": slice(columns, None),
+        }
+
+    def _context_and_target(self, batch: TokenBatch, draw: "RowDraws") -> dict[str, Any]:
+        """Every segment split in a clean context and a noisy target that are encoded separately."""
+        columns = batch.tokens.shape[1]
+        low, high = self.flow.context_fraction
+        fraction = low + (high - low) * draw.per_group("split", columns, batch.segment)
+        alone = draw.per_group("unconditional", columns, batch.segment) < self.flow.unconditional_probability
+        same = batch.segment[:, :, None] == batch.segment[:, None, :]
+        length = same.sum(dim=-1)
+        context = (fraction * length).round().clamp(min=1).minimum(length - 1) * ~alone
+        role = torch.where(batch.position < context, CONTEXT, TARGET)
+        layout = Layout.of(batch.segment, batch.position, role)
+        mean, log_variance, _ = self.vae.encode(batch.tokens, layout.separated())
+        posterior = draw.normal("posterior", tuple(mean.shape[1:]), mean.device)
+        # The flow's goal is a posterior sample, the condition the mean (papers leave it open).
+        sample = mean + (0.5 * log_variance).exp() * posterior
+        is_target = role == TARGET
+        latents = self.vae.standardise(torch.where(is_target[..., None], sample, mean))
+        dropped = (draw.per_group("condition_dropout", columns, batch.segment) < self.flow.condition_dropout) & ~is_target
+        seen = layout
+        if self.flow.null_condition == "zeros":
+            latents = latents.masked_fill(dropped[..., None], 0.0)
+        else:
+            seen = Layout(torch.where(dropped & layout.real, layout.segment + columns, layout.segment),
+                          layout.position, layout.role, layout.block)
+        timesteps, index = self._timesteps(draw, batch.segment.clamp(min=0), columns)
+        return {
+            "latents": latents,
+            "noise": draw.normal("noise", tuple(latents.shape[1:]), latents.device),
+            "tokens": batch.tokens,
+            "timesteps": timesteps, "timestep_index": index.masked_fill(~is_target, 0), "layout": seen,
+            "mask": make_mask("full", seen),
+            "loss_mask": layout.real & is_target,
+            "predict": slice(None),
+        }
+
+    def preview(self, seed: int) -> list[str]:
+        from megatext.generation.text_generator import TextGenerator
+
+        generator = TextGenerator.from_recipe(self)
+        return generator.generate(["", "", "", ""], target_tokens=[32] * 4, seeds=[seed + i for i in range(4)])
+
+    def export(self, state_dict: dict[str, Tensor], output: Path) -> None:
+        weights = {k.removeprefix("network."): v for k, v in state_dict.items() if k.startswith("network.")}
+        write_model(output, "text_dit", self.config, weights, tokenizer=self.vae_directory, vae=self.vae_directory)
+
+
+def build(config: PretrainDiTConfig) -> TextDiTRecipe:
+    return TextDiTRecipe(config)

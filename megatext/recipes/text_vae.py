@@ -1,0 +1,198 @@
+"""TextVAE: reconstruction, KL with warm-up, REPA alignment to a frozen language model, noise-robust decoding."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from megatext import rng
+from megatext.config import ConfigError
+from megatext.data.packing import TokenBatch
+from megatext.flow import objectives
+from megatext.nn.blocks import initialise
+from megatext.nn.layout import Layout
+from megatext.nn.text_vae import TextVAE, TextVAEConfig
+from megatext.recipes.base import Output, Prepared, Recipe
+from megatext.recipes.draws import RowDraws
+from megatext.recipes.pretrained import write_model
+from megatext.tokenizer import load_tokenizer
+from megatext.training.trainer import RunConfig
+
+NOISE_LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+"""Noise levels of the reconstruction curve: latents (1 - s) z + s eps, standardised."""
+
+
+@dataclass(frozen=True)
+class TextVAERecipeConfig:
+    """A TextVAE and its losses (TextLDM sections 3.1 and A)."""
+
+    network: TextVAEConfig = field(default_factory=TextVAEConfig)
+    """The autoencoder."""
+    kl_weight: float = 1e-3
+    """Weight of the KL to a standard normal, summed over channels, a token."""
+    kl_warmup_steps: int = 0
+    """Linear warm-up of the KL's weight."""
+    repa_weight: float = 0.0
+    """Weight of REPA's cosine alignment; needs `data.hidden_states`."""
+    repa_projector: Literal["linear", "mlp"] = "linear"
+    """From the encoder's features to the teacher's width."""
+    decoder_noise: float = 0.0
+    """Decoder inputs become (1 - s) z + s eps with s uniform in [0, decoder_noise] a segment."""
+    truncation: float = 0.0
+    """Share of segments cut at a random length in training (TextLDM's random truncation)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainVAEConfig(RunConfig):
+    """launch/pretrain_vae.py"""
+
+    vae: TextVAERecipeConfig
+    """The system."""
+
+
+class TextVAETraining(nn.Module):
+    """The autoencoder and REPA's projector with their losses: the one module the engine wraps."""
+
+    def __init__(self, network: TextVAE, config: TextVAERecipeConfig, teacher_width: int) -> None:
+        super().__init__()
+        self.network = network
+        self.projector: nn.Module | None = None
+        if config.repa_weight > 0:
+            width = network.config.encoder.width
+            hidden = nn.Linear(width, width), nn.SiLU()
+            last = nn.Linear(width, teacher_width)
+            self.projector = nn.Sequential(*hidden, last) if config.repa_projector == "mlp" else last
+
+    def forward(
+        self, tokens: Tensor, layout: Layout, posterior_noise: Tensor, decoder_noise: Tensor, noise_level: Tensor,
+        teacher: Tensor | None, teacher_mask: Tensor | None,
+    ) -> Output:
+        """`tokens` int64 and `noise_level` float32 `[rows, columns]`, both noises `[rows, columns, channels]`,
+        `teacher` standardised states `[rows, columns, teacher width]` and where they are valid."""
+        mean, log_variance, features = self.network.encode(tokens, layout)
+        latents = mean + (0.5 * log_variance).exp() * posterior_noise
+        level = noise_level[..., None]
+        logits = self.network.decode((1 - level) * latents + level * decoder_noise, layout)
+        cross_entropy = objectives.token_losses(logits, tokens)
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=-1)
+        real = layout.real
+        correct = (logits.detach().argmax(dim=-1) == tokens) & real
+        count = real.sum().double()
+        output = Output(
+            {"reconstruction": (cross_entropy * real).sum(), "kl": (kl * real).sum()},
+            {"accuracy": (correct.sum().double(), count)},
+        )
+        if self.projector is not None and teacher is not None and teacher_mask is not None:
+            projected = self.projector(features).float()
+            cosine = torch.nn.functional.cosine_similarity(projected, teacher, dim=-1)
+            output.loss_sums["repa"] = ((1 - cosine) * teacher_mask).sum()
+            output.metrics["repa_cosine"] = ((cosine.detach() * teacher_mask).sum().double(), teacher_mask.sum().double())
+        return output
+
+
+class TextVAERecipe(Recipe):
+    """Rows of tokens in, tokens out, through latents of fixed scale."""
+
+    module: TextVAETraining
+
+    def __init__(self, config: PretrainVAEConfig) -> None:
+        self.config, self.seed = config.vae, config.seed
+        self.shards = Path(config.data.shards)
+        tokenizer = load_tokenizer(self.shards / "tokenizer")
+        self.tokenizer_fingerprint = tokenizer.fingerprint()
+        self.teacher = TeacherStatistics.load(config.data.hidden_states) if config.vae.repa_weight > 0 else None
+        width = self.teacher.mean.numel() if self.teacher else 0
+        self.module = TextVAETraining(TextVAE(config.vae.network, tokenizer.vocab_size), config.vae, width)
+        initialise(self.module, lambda name, p: torch.randn(p.shape, generator=rng.generator(self.seed, f"init/{name}")))
+
+    def loss_weights(self, step: int) -> dict[str, float]:
+        warm = min(1.0, (step + 1) / self.config.kl_warmup_steps) if self.config.kl_warmup_steps else 1.0
+        weights = {"reconstruction": 1.0, "kl": self.config.kl_weight * warm}
+        return weights | ({"repa": self.config.repa_weight} if self.teacher else {})
+
+    @torch.no_grad()
+    def prepare(self, batch: TokenBatch, *, step: int, purpose: str = "train") -> Prepared:
+        draw = RowDraws(self.seed, purpose, batch.row_index)
+        rows, columns = batch.tokens.shape
+        segment = batch.segment
+        if purpose == "train" and self.config.truncation > 0:
+            same = (segment[:, :, None] == segment[:, None, :]).sum(dim=-1)
+            u = draw.per_group("truncation", columns, segment) / self.config.truncation
+            segment = torch.where((u < 1) & (batch.position > u * same), -1, segment)
+        layout = Layout.of(segment, batch.position, block_tokens=self.config.network.block_tokens)
+        shape = (columns, self.config.network.latent_channels)
+        device = batch.tokens.device
+        inputs: dict[str, Any] = {
+            "tokens": batch.tokens,
+            "layout": layout,
+            "posterior_noise": draw.normal("posterior", shape, device),
+            "decoder_noise": draw.normal("decoder_noise", shape, device),
+            "noise_level": draw.per_group("noise_level", columns, batch.segment) * self.config.decoder_noise,
+            "teacher": None,
+            "teacher_mask": None,
+        }
+        counts = {"reconstruction": layout.real.sum().double(), "kl": layout.real.sum().double()}
+        if self.teacher is not None:
+            if batch.hidden is None or batch.hidden_valid is None:
+                raise ConfigError("vae.repa_weight > 0 needs data.hidden_states: extract them with "
+                                  "`python -m data_tools.extract_hidden_states`, or set vae.repa_weight: 0")
+            inputs["teacher"] = self.teacher.standardise(batch.hidden)
+            inputs["teacher_mask"] = batch.hidden_valid & layout.real
+            counts["repa"] = inputs["teacher_mask"].sum().double()
+        return Prepared(inputs, counts)
+
+    @torch.no_grad()
+    def finish(self, batches: list[TokenBatch]) -> dict[str, float]:
+        """Measure the latents' mean and deviation a channel, then reconstruction clean and against noise."""
+        network = self.module.network.eval()
+        network.latent_mean.zero_()
+        network.latent_std.fill_(1.0)
+        layouts = [Layout.of(b.segment, b.position, block_tokens=self.config.network.block_tokens) for b in batches]
+        means = [network.encode(b.tokens, layout)[0] for b, layout in zip(batches, layouts, strict=True)]
+        every = torch.cat([m[layout.real] for m, layout in zip(means, layouts, strict=True)]).double()
+        network.latent_mean.copy_(every.mean(dim=0))
+        network.latent_std.copy_(every.std(dim=0).clamp(min=1e-6))
+        report = {"latent_mean_abs": every.mean(dim=0).abs().mean().item(), "latent_std": every.std(dim=0).mean().item()}
+        for level in NOISE_LEVELS:
+            correct = total = 0
+            for batch, layout, mean in zip(batches, layouts, means, strict=True):
+                noise = RowDraws(self.seed, "finish", batch.row_index).normal("noise", tuple(mean.shape[1:]), mean.device)
+                noisy = (1 - level) * network.standardise(mean) + level * noise
+                hit = network.decode(network.unstandardise(noisy), layout).argmax(dim=-1) == batch.tokens
+                correct += int((hit & layout.real).sum())
+                total += int(layout.real.sum())
+            report[f"accuracy_at_{level:.1f}"] = correct / total
+        return report
+
+    def export(self, state_dict: dict[str, Tensor], output: Path) -> None:
+        weights = {k.removeprefix("network."): v for k, v in state_dict.items() if k.startswith("network.")}
+        write_model(output, "text_vae", self.config.network, weights, tokenizer=self.shards / "tokenizer")
+
+
+@dataclass(frozen=True)
+class TeacherStatistics:
+    """Mean and deviation of the teacher's states a channel: a few channels hold most of the energy, and without
+    standardisation the cosine of two random states is already high."""
+
+    mean: Tensor
+    std: Tensor
+
+    @staticmethod
+    def load(directory: str | None) -> "TeacherStatistics":
+        """Read them from the manifest of a directory of teacher states."""
+        if directory is None:
+            raise ConfigError("vae.repa_weight > 0 needs data.hidden_states (a directory written by "
+                              "data_tools.extract_hidden_states)")
+        manifest = json.loads((Path(directory) / "manifest.json").read_text())
+        return TeacherStatistics(torch.tensor(manifest["mean"]), torch.tensor(manifest["std"]))
+
+    def standardise(self, states: Tensor) -> Tensor:
+        """float32, same shape."""
+        return (states.float() - self.mean.to(states.device)) / self.std.to(states.device)
+
+
+def build(config: PretrainVAEConfig) -> TextVAERecipe:
+    return TextVAERecipe(config)

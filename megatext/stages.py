@@ -1,0 +1,215 @@
+"""Runs the stages of a pipeline, each a command, so that an interrupted pipeline continues where it stopped.
+
+A stage's key is a hash of its command, of the files it reads its settings from, and of the keys of the stages it
+needs. Its marker, a small JSON file, says which key was begun and whether it was finished: a finished stage is
+passed over, an interrupted one is continued, and one whose key has changed loses its outputs and is run anew.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatext.config import ConfigError
+
+
+class StageError(RuntimeError):
+    """A stage that failed or was interrupted. The message is for the user."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command, and what it depends on."""
+
+    name: str
+    """Unique in its pipeline."""
+    command: tuple[str, ...]
+    """Program and arguments; `python` is the interpreter that runs the pipeline."""
+    reads: tuple[Path, ...] = ()
+    """Files whose content is part of the stage: configurations."""
+    writes: tuple[Path, ...] = ()
+    """Files and directories that exist once it is done; removed before it is run with another key."""
+    needs: tuple[str, ...] = ()
+    """Earlier stages whose change makes this one run again."""
+    continues: bool = False
+    """Whether the command picks up its own half-done outputs. If not they are removed before it is run again."""
+    environment: tuple[tuple[str, str], ...] = ()
+    """Variables set for the command. Not part of the key: they may change how fast it is, not what it makes."""
+    expected_seconds: float = 60.0
+    """A guess that the time left is told from, corrected by the pace of the stages that are done."""
+
+    def shell(self) -> str:
+        """The command as one types it."""
+        return " ".join([*(f"{name}={value}" for name, value in self.environment), shlex.join(self.command)])
+
+
+def run_stages(stages: Sequence[Stage], directory: Path, out: TextIO = sys.stdout) -> None:
+    """Run every stage that is not done, in order, with its output visible.
+
+    `directory` holds all outputs; markers go to its `stages/`. Raises StageError when a stage fails or is
+    interrupted, and ConfigError for a missing file or a directory that cannot be written.
+    """
+    keys = stage_keys(stages)
+    markers = directory / "stages"
+    with _lock(markers):
+        done = {stage.name: _read(markers, stage) for stage in stages if _is_done(markers, stage, keys[stage.name])}
+        started = time.monotonic()
+        for number, stage in enumerate(stages, 1):
+            label = f"[{number:2d}/{len(stages)}] {stage.name}"
+            if stage.name in done:
+                print(f"{label}: done before, in {_clock(done[stage.name]['seconds'])}", file=out, flush=True)
+                continue
+            _prepare(markers, stage, keys[stage.name], label, directory, out)
+            elapsed, left = time.monotonic() - started, _seconds_left(stages, done)
+            print(f"{label}: elapsed {_clock(elapsed)}, about {_clock(left)} left", file=out)
+            print(f"        $ {stage.shell()}", file=out, flush=True)
+            seconds = _execute(stage, label)
+            done[stage.name] = {"key": keys[stage.name], "done": True, "seconds": round(seconds, 1)}
+            _write(markers, stage, done[stage.name])
+            print(f"{label}: done in {_clock(seconds)}\n", file=out, flush=True)
+
+
+def stage_keys(stages: Sequence[Stage]) -> dict[str, str]:
+    """The key of every stage by name. Raises ConfigError where a file it reads is missing."""
+    keys: dict[str, str] = {}
+    for stage in stages:
+        if stage.name in keys:
+            raise ConfigError(f"two stages are named {stage.name}")
+        missing = [str(path) for path in stage.reads if not path.is_file()]
+        if missing:
+            raise ConfigError(f"stage {stage.name}: no such file: {', '.join(missing)}")
+        contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in stage.reads]
+        facts = [list(stage.command), contents, [keys[name] for name in stage.needs]]
+        keys[stage.name] = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return keys
+
+
+def _prepare(markers: Path, stage: Stage, key: str, label: str, directory: Path, out: TextIO) -> None:
+    """Mark the stage as begun. Whatever it may not continue from is removed first."""
+    marker = _read(markers, stage)
+    same = marker.get("key") == key and not marker.get("done")
+    if same and stage.continues:
+        print(f"{label}: continuing where it was interrupted", file=out)
+    else:
+        old = [path for path in stage.writes if path.exists()]
+        if same:
+            print(f"{label}: was interrupted, starting it again", file=out)
+        elif old:
+            reason = "its command, its configuration or a stage before it changed" if marker else "left by another run"
+            print(f"{label}: removing {', '.join(map(str, old))} ({reason})", file=out)
+        for path in old:
+            if not path.resolve().is_relative_to(directory.resolve()):
+                raise ConfigError(f"stage {stage.name}: {path} is outside {directory}; remove it yourself")
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    _write(markers, stage, {"key": key, "done": False})
+
+
+def _execute(stage: Stage, label: str) -> float:
+    """Run the command to its end; seconds it took."""
+    own = Path(sys.executable).parent
+    environment = {
+        **os.environ,
+        **dict(stage.environment),
+        # the environment this interpreter lives in comes first, so that `deepspeed` is its own
+        "PATH": f"{own}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PYTHONUNBUFFERED": "1",
+    }
+    command = [sys.executable if part == "python" and i == 0 else part for i, part in enumerate(stage.command)]
+    again = "run the same command again: it continues at this stage"
+    started = time.monotonic()
+    try:
+        process = subprocess.Popen(command, env=environment)
+    except OSError as error:
+        cause = f"cannot start {command[0]}: {error.strerror}; `make setup` installs it"
+        raise StageError(f"stage {label}: {cause}", 1) from None
+    with _terminating_on_sigterm():
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise StageError(f"interrupted in stage {label}; {again}", 130) from None
+    if status != 0:
+        cause = f"was killed by signal {-status}" if status < 0 else f"failed with exit status {status}"
+        raise StageError(f"stage {label} {cause}; its output is above. Remove the cause and {again}", 1)
+    missing = [str(path) for path in stage.writes if not path.exists()]
+    if missing:
+        raise StageError(f"stage {label} ended well but did not write {', '.join(missing)}", 1)
+    return time.monotonic() - started
+
+
+def _seconds_left(stages: Sequence[Stage], done: dict[str, dict[str, Any]]) -> float:
+    """Expected time of what is not done, at the pace of what is."""
+    total = sum(stage.expected_seconds for stage in stages)
+    expected = sum(stage.expected_seconds for stage in stages if stage.name in done)
+    # the expectation counts as a fifth of the whole at pace 1, or the first short stage would decide
+    pace = (sum(marker["seconds"] for marker in done.values()) + total / 5) / (expected + total / 5)
+    return pace * (total - expected)
+
+
+def _is_done(markers: Path, stage: Stage, key: str) -> bool:
+    marker = _read(markers, stage)
+    return marker.get("key") == key and bool(marker.get("done")) and all(path.exists() for path in stage.writes)
+
+
+def _read(markers: Path, stage: Stage) -> dict[str, Any]:
+    try:
+        return json.loads((markers / f"{stage.name}.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _write(markers: Path, stage: Stage, marker: dict[str, Any]) -> None:
+    temporary = markers / f"{stage.name}.json.tmp"
+    temporary.write_text(json.dumps(marker) + "\n")
+    temporary.replace(markers / f"{stage.name}.json")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+@contextmanager
+def _lock(markers: Path) -> Iterator[None]:
+    """Keeps two runners out of one directory. Released by the system when the process ends, however it ends."""
+    try:
+        markers.mkdir(parents=True, exist_ok=True)
+        file = open(markers / "lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise ConfigError(f"cannot write to {markers}: {error.strerror}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"another run is at work in {markers.parent}; wait for it or stop it") from None
+        yield
+
+
+@contextmanager
+def _terminating_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends the stage's process as Ctrl-C does."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

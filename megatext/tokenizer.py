@@ -1,0 +1,148 @@
+"""One loader for SentencePiece and Hugging Face tokenizers.
+
+Both give the same few things: ids without special tokens, lossless text back, an end-of-document id, and a
+fingerprint by which shards, models and teacher states recognise each other.
+"""
+
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+_HUGGING_FACE_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer_config.json")
+
+
+class Tokenizer(ABC):
+    """Text to ids and back. `load_tokenizer` builds one."""
+
+    vocab_size: int
+    """Number of entries; every id is below it. A network may have more rows, never fewer."""
+    eos_id: int
+    """Ends every document in the shards."""
+    pad_id: int
+    """What a padded batch of generated ids may be filled with."""
+
+    @abstractmethod
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, without special tokens."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without special tokens."""
+        return self.encode_batch([text])[0]
+
+    @abstractmethod
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids; special tokens give nothing, broken UTF-8 gives U+FFFD."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """sha256 (hex) over the content that decides what ids mean; survives `save` and `load_tokenizer`."""
+
+    @abstractmethod
+    def save(self, directory: str | Path) -> None:
+        """Write the tokenizer's files, so that `load_tokenizer(directory)` gives it back."""
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece unigram model as `data_tools.train_tokenizer` makes it: lossless on any text."""
+
+    def __init__(self, model: bytes):
+        from sentencepiece import SentencePieceProcessor
+
+        self._model = model
+        self._processor = SentencePieceProcessor(model_proto=model)
+        self.vocab_size = self._processor.get_piece_size()
+        self.eos_id = self._processor.eos_id()
+        self.pad_id = max(self._processor.pad_id(), 0)
+        self._bytes = [self._processor.piece_to_id(f"<0x{value:02X}>") for value in range(256)]
+        is_control, is_unknown = self._processor.is_control, self._processor.is_unknown
+        self._special = {i for i in range(self.vocab_size) if is_control(i) or is_unknown(i)}
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        encoded: list[list[int]] = self._processor.encode(texts, num_threads=1)
+        for number, text in enumerate(texts):
+            if "\u2581" in text or "\0" in text:
+                encoded[number] = self._encode_by_parts(text)
+        return encoded
+
+    def _encode_by_parts(self, text: str) -> list[int]:
+        # SentencePiece writes a space as U+2581 and ends a string at NUL: these two characters go in as bytes.
+        ids: list[int] = []
+        for part in re.split("([\u2581\0])", text):
+            ids += [self._bytes[b] for b in part.encode()] if part in ("\u2581", "\0") else self._processor.encode(part)
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._processor.decode([i for i in map(int, ids) if i not in self._special])
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self._model).hexdigest()
+
+    def save(self, directory: str | Path) -> None:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        (Path(directory) / SENTENCEPIECE_FILE).write_bytes(self._model)
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """Any tokenizer that transformers loads. The end of a document is `<|endoftext|>` where the vocabulary has it
+    (Qwen3, GPT-2: what they were pretrained with), else the tokenizer's own eos."""
+
+    def __init__(self, name: str):
+        from transformers import AutoTokenizer
+
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        self.vocab_size = len(self._tokenizer)
+        vocabulary = self._tokenizer.get_vocab()
+        eos = vocabulary.get("<|endoftext|>", self._tokenizer.eos_token_id)
+        if eos is None:
+            raise ValueError(f"tokenizer {name}: no end-of-text token; set `eos_token` in tokenizer_config.json")
+        self.eos_id = int(eos)
+        pad = self._tokenizer.pad_token_id
+        self.pad_id = self.eos_id if pad is None else int(pad)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded: list[list[int]] = self._tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
+        return encoded
+
+    def decode(self, ids: list[int]) -> str:
+        kept = [i for i in map(int, ids) if i != self.eos_id]
+        text: str = self._tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def fingerprint(self) -> str:
+        content: dict[str, Any] = {"vocabulary": sorted(self._tokenizer.get_vocab().items())}
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            merges = json.loads(backend.to_str())["model"].get("merges") or []
+            content["merges"] = [m if isinstance(m, str) else " ".join(m) for m in merges]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def save(self, directory: str | Path) -> None:
+        self._tokenizer.save_pretrained(str(directory))
+
+
+def load_tokenizer(path_or_name: str | Path) -> Tokenizer:
+    """The tokenizer of a directory (SentencePiece `tokenizer.model`, or Hugging Face files; other files may lie there
+    too), of a `*.model` file, or, where no such path exists, of a name on the Hugging Face hub.
+
+    Raises FileNotFoundError for a directory without a tokenizer.
+    """
+    path = Path(path_or_name)
+    if path.is_file():
+        return SentencePieceTokenizer(path.read_bytes())
+    if path.is_dir():
+        if any((path / name).is_file() for name in _HUGGING_FACE_FILES):
+            return HuggingFaceTokenizer(str(path))
+        if (path / SENTENCEPIECE_FILE).is_file():
+            return SentencePieceTokenizer((path / SENTENCEPIECE_FILE).read_bytes())
+        raise FileNotFoundError(f"{path}: no {SENTENCEPIECE_FILE} and no Hugging Face tokenizer files here")
+    if path.is_absolute() or str(path_or_name).count("/") > 1 or str(path_or_name).startswith("."):
+        raise FileNotFoundError(f"{path}: no such tokenizer directory or file")
+    return HuggingFaceTokenizer(str(path_or_name))

@@ -1,0 +1,192 @@
+"""Processes, devices and DeepSpeed: who we are, what its JSON says, and a quiet engine.
+
+The JSON files in ds_configs/ hold what ZeRO and its communication may be tuned by. Everything else that DeepSpeed
+must know (batch sizes, precision, clipping) is taken from the run's configuration, so there is one place to change it.
+"""
+
+import json
+import logging
+import os
+import socket
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from megatext.config import ConfigError
+from megatext.training.optimizer import MuonAdamW
+
+if TYPE_CHECKING:
+    from megatext.training.trainer import RunConfig
+
+FREE_KEYS = {
+    "zero_optimization",
+    "comms_logger",
+    "aio",
+    "prescale_gradients",
+    "sparse_gradients",
+    "communication_data_type",
+    "memory_breakdown",
+    "timeout",
+}
+"""Top-level keys that a file of ds_configs/ may set."""
+OWNED_KEYS = {
+    "train_batch_size": "training.rows_per_step",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_rows",
+    "gradient_accumulation_steps": "training.rows_per_step and training.micro_batch_rows",
+    "gradient_clipping": "optimizer.clip_norm",
+    "optimizer": "optimizer.name and its neighbours",
+    "scheduler": "optimizer.schedule",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "data_types": "training.precision",
+    "zero_allow_untested_optimizer": "optimizer.name",
+    "steps_per_print": "logging.log_every_steps",
+    "wandb": "logging.wandb_project",
+}
+"""Keys that DeepSpeed knows and the run's configuration decides, with where."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among the others, and its device."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start_processes() -> Processes:
+    """Join the process group; the same under `deepspeed`, `torchrun` and plain `python` (then alone). Idempotent."""
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, alone)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port()) if os.environ["WORLD_SIZE"] == "1" else "29500"
+    deepspeed = _import_deepspeed()
+    # The shared-memory all-reduce for CPU ranks is compiled at first use, which needs ninja, a compiler and half a
+    # minute; gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed, without its start-up chatter. It must be imported after DS_ACCELERATOR is set."""
+    deprecated = "all_gather_into|_all_gather_base|reduce_scatter_tensor|_reduce_scatter_base"
+    warnings.filterwarnings("ignore", message=rf".*torch\.distributed\.({deprecated}).*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed\..*")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"deepspeed\..*")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ConfigError(
+            f"DeepSpeed cannot be imported ({error}); install it with: "
+            "DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed"
+        ) from None
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed
+
+
+def accumulation_steps(config: "RunConfig", world: int) -> int:
+    """Micro-batches a rank runs for each step. Raises ConfigError where the numbers do not divide."""
+    training = config.training
+    per_pass = world * training.micro_batch_rows
+    if training.rows_per_step % per_pass:
+        fitting = [n for n in range(1, training.rows_per_step + 1) if training.rows_per_step % (world * n) == 0]
+        hint = (
+            f"micro_batch_rows could be one of {fitting}" if fitting else f"rows_per_step must be a multiple of {world}"
+        )
+        raise ConfigError(
+            f"training.rows_per_step {training.rows_per_step} is not a multiple of {world} process(es) x "
+            f"training.micro_batch_rows {training.micro_batch_rows}; {hint}"
+        )
+    return training.rows_per_step // per_pass
+
+
+def deepspeed_json(config: "RunConfig", path: Path | None, world: int) -> dict[str, Any]:
+    """What DeepSpeed is initialised with. Raises ConfigError for keys that are unknown or not the file's business."""
+    if path is None:
+        # On one process there is nothing to shard: stage 1 is the cheapest that keeps fp32 masters of bf16 weights.
+        own: dict[str, Any] = {"zero_optimization": {"stage": 1 if world == 1 else 3}}
+    else:
+        try:
+            own = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise ConfigError(f"--deepspeed_config {path}: {error}") from None
+        for key in own:
+            if key in OWNED_KEYS:
+                raise ConfigError(f"{path}: '{key}' is set by {OWNED_KEYS[key]} of the run's config; remove it here")
+            if key not in FREE_KEYS:
+                raise ConfigError(f"{path}: unknown key '{key}'; allowed are {', '.join(sorted(FREE_KEYS))}")
+    zero = own.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    precision = config.training.precision
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"{path}: zero_optimization.stage is {stage!r}; 0, 1, 2 and 3 exist")
+    if stage == 0 and precision == "bf16":
+        raise ConfigError(f"{path}: ZeRO stage 0 has no fp32 accumulation for bf16 weights; use stage 1 or fp32")
+    for key in ("offload_optimizer", "offload_param"):
+        if zero.get(key, {}).get("device") == "nvme":
+            raise ConfigError(f"{path}: zero_optimization.{key} to nvme is not supported; use cpu")
+    if zero.get("round_robin_gradients") or zero.get("parameter_alignment"):
+        raise ConfigError(f"{path}: round_robin_gradients and parameter_alignment are not supported")
+    return {
+        **own,
+        "communication_data_type": own.get("communication_data_type", "fp32"),
+        "train_batch_size": config.training.rows_per_step,
+        "train_micro_batch_size_per_gpu": config.training.micro_batch_rows,
+        "gradient_accumulation_steps": accumulation_steps(config, world),
+        "gradient_clipping": config.optimizer.clip_norm,
+        "bf16": {"enabled": precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": sys.maxsize,
+    }
+
+
+def build_engine(module: nn.Module, optimizer: MuonAdamW, settings: dict[str, Any]) -> Any:
+    """A DeepSpeed engine around `module`. Moves the module to the device and its parameters to their precision.
+
+    Floating-point buffers stay what they were: statistics and rotary tables do not survive bf16.
+    """
+    deepspeed = _import_deepspeed()
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+    with _no_stdout_from_deepspeed():
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
+    for name, buffer in engine.module.named_buffers():
+        if name in buffers and buffer.dtype != buffers[name].dtype:
+            buffer.data = buffers[name].to(buffer.device)
+    return engine
+
+
+class _no_stdout_from_deepspeed:
+    """DeepSpeed prints some of its start-up with print(); errors still reach stderr."""
+
+    def __enter__(self) -> None:
+        self._stdout = sys.stdout
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+    def __exit__(self, *_: object) -> None:
+        sys.stdout.close()
+        sys.stdout = self._stdout

@@ -1,0 +1,198 @@
+"""AdamW, and Muon for the matrices of the blocks, on DeepSpeed's flat partitions.
+
+DeepSpeed has a Muon of its own, but it clips the orthogonalised update instead of the gradient in ZeRO 1 to 3, so
+its learning rate depends on the clipping norm and on the number of matrices. Here clipping stays what it says, and
+all stages and numbers of ranks take the same step.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatext.config import ConfigError
+from megatext.training.partitions import Partition, Partitions
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How the weights are stepped."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the 2-D weights inside "blocks." or "layers.", AdamW for all else."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    muon_learning_rate: float = 0.02
+    """Peak learning rate of Muon, in units of the update's spectral norm."""
+    muon_momentum: float = 0.95
+    """Momentum of Muon (Nesterov)."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's first and second moments."""
+    eps: float = 1e-8
+    """Added to AdamW's denominator."""
+    weight_decay: float = 0.0
+    """Decoupled, times the learning rate; on tensors of two or more dimensions only."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises linearly from 0 to its peak."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """The shape after the warm-up."""
+    decay_steps: int | None = None
+    """Steps of the decay, at the end of the run; None: all steps after the warm-up."""
+    min_learning_rate_ratio: float = 0.0
+    """What the decay ends at, as a share of the peak."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global L2 norm; 0 never clips."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.min_learning_rate_ratio <= 1.0:
+            raise ConfigError("optimizer.min_learning_rate_ratio must lie between 0 and 1")
+        if self.learning_rate < 0 or self.muon_learning_rate < 0 or self.clip_norm < 0 or self.weight_decay < 0:
+            raise ConfigError("optimizer: learning rates, weight_decay and clip_norm must not be negative")
+        if self.warmup_steps < 0 or (self.decay_steps is not None and self.decay_steps < 0):
+            raise ConfigError("optimizer: warmup_steps and decay_steps must not be negative")
+
+
+def is_muon_parameter(name: str, parameter: nn.Parameter) -> bool:
+    """Matrices inside blocks; embeddings, heads, norms and biases are AdamW's."""
+    dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+    return dimensions == 2 and ("blocks." in name or "layers." in name)
+
+
+def build_optimizer(module: nn.Module, config: OptimizerConfig, *, muon_dtype: torch.dtype) -> "MuonAdamW":
+    """The optimizer over a module's trained parameters, with learning rate 0 until the trainer sets it.
+
+    `muon_dtype`: what the Newton-Schulz iteration computes in.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"muon": [], "decayed": [], "plain": []}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            if config.name == "muon" and is_muon_parameter(name, parameter):
+                groups["muon"].append(parameter)
+            else:
+                dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+                groups["decayed" if dimensions >= 2 and config.weight_decay else "plain"].append(parameter)
+    return MuonAdamW(
+        [
+            {
+                "params": params,
+                "muon": kind == "muon",
+                "weight_decay": 0.0 if kind == "plain" else config.weight_decay,
+                "peak_learning_rate": config.muon_learning_rate if kind == "muon" else config.learning_rate,
+                "momentum": config.muon_momentum,
+                "muon_dtype": muon_dtype,
+            }
+            for kind, params in groups.items()
+            if params
+        ],
+        lr=0.0,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+
+
+class MuonAdamW(torch.optim.AdamW):
+    """torch's fused AdamW; groups with `muon` true take Muon's step instead.
+
+    After DeepSpeed has replaced the parameters by flat partitions, `bind` must tell how they are laid out.
+    State of a Muon tensor: `momentum`, laid out like the tensor, so it is saved and moved like any master weight.
+    """
+
+    _layouts: dict[Tensor, Partition]
+    _shapes: dict[str, torch.Size]
+
+    def bind(self, partitions: Partitions) -> None:
+        """Learn the layout of the flat tensors that `step` will see."""
+        self._layouts = {part.stepped: part for part in partitions.parts}
+        self._shapes = partitions.shapes
+        self._rank = partitions.rank
+        self._aliased = partitions.aliased
+
+    def set_learning_rate(self, share: float) -> float:
+        """Set every group to `share` of its peak; returns the first group's rate."""
+        for group in self.param_groups:
+            group["lr"] = share * group["peak_learning_rate"]
+        return float(self.param_groups[-1]["lr"])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step on the gradients in `.grad`. With several ranks and Muon a collective."""
+        groups = self.param_groups
+        adam = [group for group in groups if not group["muon"] and group["params"]]
+        if adam:
+            self.param_groups = adam
+            try:
+                super().step()
+            finally:
+                self.param_groups = groups
+        for group in groups:
+            if group["muon"]:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._muon_step(parameter, group)
+
+    def _muon_step(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        state = self.state[parameter]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
+        direction = gradient.lerp(momentum, group["momentum"]).to(group["muon_dtype"])
+        if self._aliased:
+            update = orthogonalize(direction[None])[0]
+        else:
+            update = self._orthogonalize_flat(direction, self._layouts[parameter])
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(update.to(parameter.dtype), alpha=-group["lr"])
+
+    def _orthogonalize_flat(self, direction: Tensor, layout: Partition) -> Tensor:
+        """Orthogonalise whole matrices of which each rank holds pieces; returns this rank's pieces of the result.
+
+        Two collectives of the size of the weights, in `direction`'s dtype; each matrix is computed by one rank.
+        """
+        world = len(layout.fragments)
+        everything = direction[None]
+        if world > 1:
+            everything = direction.new_empty(world, direction.numel())
+            dist.all_gather_into_tensor(everything.view(-1), direction)
+        pieces: dict[str, list[tuple[int, int, int, int]]] = {}
+        for rank, fragments in enumerate(layout.fragments):
+            for f in fragments:
+                pieces.setdefault(f.name, []).append((rank, f.start, f.length, f.offset))
+        by_shape: dict[torch.Size, list[str]] = {}
+        for index, name in enumerate(pieces):
+            if index % world == self._rank:
+                by_shape.setdefault(self._shapes[name], []).append(name)
+        result = torch.zeros_like(everything)
+        for shape, names in by_shape.items():
+            stack = everything.new_empty(len(names), shape.numel())
+            for row, name in zip(stack, names, strict=True):
+                for rank, start, length, offset in pieces[name]:
+                    row[start : start + length] = everything[rank, offset : offset + length]
+            updates = orthogonalize(stack.view(len(names), *shape)).reshape(len(names), -1)
+            for row, name in zip(updates, names, strict=True):
+                for rank, start, length, offset in pieces[name]:
+                    result[rank, offset : offset + length] = row[start : start + length]
+        if world > 1:
+            dist.all_reduce(result)  # every element is written by exactly one rank
+        return result[self._rank] if world > 1 else result[0]
+
+
+def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """`[n, rows, columns]` -> nearly orthogonal matrices of the same row and column spaces (Newton-Schulz, quintic).
+
+    Scaled by sqrt(max(1, rows / columns)), so that one learning rate serves all shapes.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    rows, columns = matrices.shape[-2:]
+    x = matrices.mT if rows > columns else matrices
+    x = x / (torch.linalg.matrix_norm(x.float(), keepdim=True) + 1e-7).to(x.dtype)
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if rows > columns else x) * math.sqrt(max(1.0, rows / columns))

@@ -1,0 +1,210 @@
+"""Sharding: every input form, splits by content, duplicates, and results that no interruption can change."""
+
+import gzip
+import hashlib
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+
+from data_tools import inspect_shards, shard, sources, train_tokenizer
+from megatext.data import DataError
+from megatext.data.tar_index import TarIndex
+from megatext.tokenizer import load_tokenizer
+
+WORDS = "the a cat dog house river sees likes under over and then small green old new bird stone sings waits".split()  # noqa: SIM905
+TEXTS = [" ".join(WORDS[(i * j + j * j) % len(WORDS)] for j in range(5 + i % 40)) + f". {i}\nend" for i in range(240)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer.train(TEXTS, 305).save(directory)
+    return str(directory)
+
+
+def json_lines(texts: list[str]) -> bytes:
+    return b"".join(json.dumps({"text": t, "meta": {"url": f"u{i}"}}).encode() + b"\n" for i, t in enumerate(texts))
+
+
+def tree(directory: Path) -> dict[str, str]:
+    """sha256 of every file that is not an index."""
+    files = [p for p in directory.rglob("*") if p.is_file() and p.suffix != ".npz"]
+    return {str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def texts_of(directory: Path) -> dict[str, str]:
+    """Text by key over all splits, read back through the index and the tokenizer."""
+    tokenizer = load_tokenizer(directory / "tokenizer")
+    found = {}
+    for path in directory.glob("*.tar"):
+        index = TarIndex(path)
+        for i in range(len(index)):
+            ids = index.array(i).tolist()
+            assert ids[-1] == tokenizer.eos_id
+            found[index.key(i)] = tokenizer.decode(ids)
+    return found
+
+
+def test_every_input_form_gives_the_same_documents(tokenizer: str, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    data = json_lines(TEXTS)
+    (tmp_path / "a.jsonl").write_bytes(data)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(data))
+    frames = zstandard.ZstdCompressor(write_content_size=False)
+    half = data.index(b"\n", len(data) // 2) + 1
+    (tmp_path / "a.jsonl.zst").write_bytes(frames.compress(data[:half]) + frames.compress(data[half:]))
+    with tarfile.open(tmp_path / "a.jsonl.zst.tar", "w") as tar:
+        for name, part in (("2005-06.jsonl.zst", data[:half]), ("2012-07.jsonl.zst", data[half:])):
+            info = tarfile.TarInfo(name)
+            content = frames.compress(part)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(TEXTS))
+    pyarrow.parquet.write_table(pa.table({"text": TEXTS, "url": ["u"] * len(TEXTS)}), tmp_path / "a.parquet")
+    for suffix in ("jsonl", "jsonl.gz", "jsonl.zst", "jsonl.zst.tar", "txt", "parquet"):
+        output = tmp_path / f"out-{suffix}"
+        manifest = shard.shard([str(tmp_path / f"a.{suffix}")], tokenizer, output, test_fraction=0.1)
+        assert sorted(texts_of(output).values()) == sorted(TEXTS), suffix
+        assert sum(split["documents"] for split in manifest["splits"].values()) == len(TEXTS)
+    assert set(texts_of(tmp_path / "out-jsonl.zst.tar")) > {"a-2005-06-000000000", "a-2012-07-000000000"}
+    assert sources.expand([str(tmp_path)])[0].endswith("a.jsonl")
+
+
+def test_splits_filters_and_manifest(tokenizer: str, tmp_path: Path) -> None:
+    lines = (
+        json_lines([*TEXTS, TEXTS[3], TEXTS[4].upper(), "tiny", " "])
+        + b'{"text": 5}\nnot json\n\n{"text": ["one part", "another"]}\n'
+    )
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    manifest = shard.shard(
+        [str(tmp_path / "a.jsonl")],
+        tokenizer,
+        tmp_path / "out",
+        validation_fraction=0.1,
+        test_fraction=0.2,
+        min_tokens=9,
+    )
+    assert manifest["dropped"] == {"duplicate": 2, "too_short": 2, "malformed": 2}
+    documents = {name: split["documents"] for name, split in manifest["splits"].items()}
+    assert sum(documents.values()) == len(TEXTS) + 1
+    assert 25 < documents["test"] < 75
+    assert 8 < documents["validation"] < 45
+    assert "one part\n\nanother" in texts_of(tmp_path / "out").values()
+    for name, split in manifest["splits"].items():
+        for entry in split["shards"]:
+            index = TarIndex(tmp_path / "out" / entry["file"])
+            assert (len(index), int(index.lengths.sum())) == (entry["samples"], entry["tokens"])
+            record = json.loads(index.json(0))
+            assert record["split"] == name
+            assert record["n_tokens"] == index.lengths[0]
+    inspect_shards.main([str(tmp_path / "out"), "--verify", "--show", "1"])
+
+
+def test_a_text_never_changes_its_split(tokenizer: str, tmp_path: Path) -> None:
+    splits: list[dict[str, str]] = []
+    for count in (120, 240):
+        (tmp_path / f"{count}.jsonl").write_bytes(json_lines(TEXTS[:count]))
+        shard.shard([str(tmp_path / f"{count}.jsonl")], tokenizer, tmp_path / f"o{count}", test_fraction=0.3)
+        tar_of = {}
+        for path in (tmp_path / f"o{count}").glob("*.tar"):
+            index = TarIndex(path)
+            tar_of.update({index.key(i).split("-")[1]: path.name for i in range(len(index))})
+        splits.append(tar_of)
+    assert splits[0].items() <= splits[1].items()
+
+
+def test_workers_and_interruptions_change_nothing(
+    tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "DOCUMENTS_PER_CHUNK", 16)
+    (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS))
+    options: dict[str, Any] = {"shard_tokens": 700, "test_fraction": 0.2}
+    inputs = [str(tmp_path / "a.jsonl")]
+    shard.shard(inputs, tokenizer, tmp_path / "one", **options)
+    shard.shard(inputs, tokenizer, tmp_path / "two", workers=2, **options)
+    assert len(list((tmp_path / "one").glob("train-*.tar"))) > 3
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+    calls = 0
+    encode = shard.encode_chunk
+
+    def interrupted(chunk: sources.Chunk) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 9:
+            raise KeyboardInterrupt
+        return encode(chunk)
+
+    monkeypatch.setattr(shard, "encode_chunk", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        shard.shard(inputs, tokenizer, tmp_path / "three", **options)
+    assert not (tmp_path / "three" / "manifest.json").exists()
+    with pytest.raises(DataError, match="--resume"):
+        shard.shard(inputs, tokenizer, tmp_path / "three", **options)
+    with pytest.raises(DataError, match="other inputs or settings"):
+        shard.shard(inputs, tokenizer, tmp_path / "three", resume=True, shard_tokens=701)
+    shard.shard(inputs, tokenizer, tmp_path / "three", resume=True, **options)
+    assert tree(tmp_path / "three") == tree(tmp_path / "one")
+    shard.shard(inputs, tokenizer, tmp_path / "three", resume=True, **options)
+
+
+def test_bad_input_is_named(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def error(path: str, **options: Any) -> str:
+        with pytest.raises(DataError) as caught:
+            shard.shard([path], options.pop("tokenizer", tokenizer), tmp_path / "out", **options)
+        return str(caught.value)
+
+    assert "absent.jsonl: no such input" in error(str(tmp_path / "absent.jsonl"))
+    (tmp_path / "x.doc").touch()
+    assert "unknown kind of file" in error(str(tmp_path / "x.doc"))
+    (tmp_path / "empty.jsonl").touch()
+    assert "no document was kept" in error(str(tmp_path / "empty.jsonl"))
+    broken = tmp_path / "broken.jsonl.gz"
+    broken.write_bytes(gzip.compress(json_lines(TEXTS))[:-50])
+    assert "broken.jsonl.gz: cannot be read to its end" in error(str(broken))
+    broken = tmp_path / "broken.jsonl.zst"
+    broken.write_bytes(b"\x28\xb5\x2f\xfd garbage")
+    assert "broken.jsonl.zst: cannot be read to its end" in error(str(broken))
+    (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS))
+    assert "--tokenizer" in error(str(tmp_path / "a.jsonl"), tokenizer=str(tmp_path / "none"))
+    (tmp_path / "out").rename(tmp_path / "folder")
+    (tmp_path / "out").touch()
+    assert "cannot be written" in error(str(tmp_path / "a.jsonl"))
+    with pytest.raises(SystemExit) as exit_status:
+        shard.main(["--input", str(tmp_path / "absent"), "--tokenizer", tokenizer, "--output", str(tmp_path / "o")])
+    assert exit_status.value.code == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_verify_finds_damage(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS))
+    shard.shard([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "out")
+    path = tmp_path / "out" / "train-000000.tar"
+    data = bytearray(path.read_bytes())
+    data[TarIndex(path).offsets[5]] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(SystemExit):
+        inspect_shards.main([str(tmp_path / "out"), "--verify"])
+    assert "train-000000.tar: sha256" in capsys.readouterr().err
+
+
+def test_openwebtext2_layout(shared_data: Path, tokenizer: str, tmp_path: Path) -> None:
+    folder = shared_data / "web" / "owt2_layout"
+    inputs = sorted(str(p) for p in folder.glob("*.jsonl.zst"))
+    one = shard.shard(inputs, tokenizer, tmp_path / "one", limit=60)
+    two = shard.shard([str(folder / "openwebtext2.jsonl.zst.tar")], tokenizer, tmp_path / "two", limit=60)
+    assert [s["tokens"] for s in one["splits"].values()] == [s["tokens"] for s in two["splits"].values()]
+
+
+def test_lm_dataformat_archive(shared_data: Path) -> None:
+    path = shared_data / "web" / "lm_dataformat_test" / "blns.jsonl.zst.tar"
+    documents = [d for chunk in sources.read([str(path)]) for d in sources.decode(chunk)[0]]
+    assert len(documents) > 0
+    assert len({d.key for d in documents}) == len(documents)

@@ -1,0 +1,97 @@
+import pytest
+import torch
+from torch import Tensor
+
+from megatext.flow import guidance
+from megatext.flow.paths import Linear, Path, TanD, match
+from megatext.flow.solvers import Denoise, euler_step, heun_step, sample
+
+PATHS = [Linear(), TanD(1.0), TanD(5.0)]
+MEAN, STD = 0.7, 0.4
+
+
+def gaussian_denoiser(path: Path) -> Denoise:
+    """E[x0 | z] for x0 ~ N(MEAN, STD^2)."""
+
+    def denoise(z: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = match(path.alpha(t), z), match(path.sigma(t), z)
+        gain = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)
+        return MEAN + gain * (z - alpha * MEAN)
+
+    return denoise
+
+
+def noise() -> Tensor:
+    return torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def grid(steps: int) -> Tensor:
+    return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+
+
+def error(path: Path, steps: int, method: str) -> float:
+    # The flow of a Gaussian keeps the standardised variable: noise z at t = 1 ends at MEAN + STD z.
+    z = noise()
+    end = sample(gaussian_denoiser(path), path, z, grid(steps), method)  # type: ignore[arg-type]
+    return (end - (MEAN + STD * z)).abs().max().item()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_a_known_x0_is_reached_exactly_in_any_number_of_steps(path: Path, method: str) -> None:
+    x0 = noise().flip(0)
+    for steps in [1, 2, 7]:
+        end = sample(lambda z, t: x0, path, noise(), grid(steps), method)  # type: ignore[arg-type]
+        torch.testing.assert_close(end, x0, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_order_of_convergence_on_gaussian_data(path: Path) -> None:
+    euler = [error(path, steps, "euler") for steps in (200, 400)]
+    heun = [error(path, steps, "heun") for steps in (200, 400)]
+    assert euler[0] / euler[1] == pytest.approx(2, rel=0.1)
+    assert heun[0] / heun[1] == pytest.approx(4, rel=0.15)
+    assert heun[1] < 0.1 * euler[1]
+
+
+def test_on_the_linear_path_steps_are_the_textbook_ones() -> None:
+    path, denoise, z = Linear(), gaussian_denoiser(Linear()), noise()
+    t, t_next = torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
+    x0_hat = denoise(z, t)
+    velocity = path.velocity_from_x0(z, x0_hat, t)
+    euler = z + (t_next - t) * velocity
+    torch.testing.assert_close(euler_step(path, z, x0_hat, t, t_next), euler)
+    velocity_next = path.velocity_from_x0(euler, denoise(euler, t_next), t_next)
+    heun = z + (t_next - t) * (velocity + velocity_next) / 2
+    torch.testing.assert_close(heun_step(path, denoise, z, x0_hat, t, t_next), heun)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_clean_context_tokens_stay_as_they_are(path: Path) -> None:
+    z, denoise = noise(), gaussian_denoiser(path)
+    noisy = torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    t, t_next = 0.9 * noisy, 0.6 * noisy
+    x0_hat = denoise(z, t)
+    scalar = (torch.tensor(0.9, dtype=torch.float64), torch.tensor(0.6, dtype=torch.float64))
+    for step, whole in [
+        (euler_step(path, z, x0_hat, t, t_next), euler_step(path, z, denoise(z, scalar[0]), *scalar)),
+        (
+            heun_step(path, denoise, z, x0_hat, t, t_next),
+            heun_step(path, denoise, z, denoise(z, scalar[0]), *scalar),
+        ),
+    ]:
+        assert torch.equal(step[noisy == 0], z[noisy == 0])
+        torch.testing.assert_close(step[noisy == 1], whole[noisy == 1])
+
+
+def test_guidance() -> None:
+    conditional, unconditional = noise(), noise().flip(0)
+    torch.testing.assert_close(guidance.combine(conditional, unconditional, 1.0), conditional)
+    assert torch.equal(guidance.combine(conditional, unconditional, 0.0), unconditional)
+    torch.testing.assert_close(
+        guidance.combine(conditional, unconditional, 3.0), 3 * conditional - 2 * unconditional
+    )
+    assert guidance.active(0.5, 2.0, (0.0, 1.0))
+    assert guidance.active(0.9, 2.0, (0.9, 1.0))
+    assert not guidance.active(0.5, 2.0, (0.9, 1.0))
+    assert not guidance.active(0.5, 1.0, (0.0, 1.0))

@@ -1,0 +1,76 @@
+"""The whole pipeline at a minute's size: every stage of the quickstart's preset, by its commands, then again."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatext.quickstart import RECIPES
+from tests.command_lines import ROOT
+
+WORDS = ["the", "every", "small", "old", "model", "token", "noise", "step", "reads", "keeps", "learns", "and", "then"]
+
+
+def corpus(path: Path) -> Path:
+    """Documents of about a hundred tokens, all different."""
+    lines = []
+    for number in range(600):
+        words = [WORDS[(number * 7 + i * i + i * (number % 13)) % len(WORDS)] for i in range(40)]
+        lines.append(json.dumps({"text": f"Text {number} says that " + " ".join(words) + "."}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+def tiny_preset(directory: Path) -> Path:
+    """The quickstart's preset with its paths moved, networks of a few thousand parameters, and a few steps."""
+    preset = directory / "preset"
+    shutil.copytree(ROOT / "launch/configs/quickstart", preset)
+    for file in preset.glob("*.yaml"):
+        text = file.read_text().replace("runs/quickstart", str(directory / "work"))
+        text = re.sub(r"(?m)^( *)width: \d+", r"\1width: 32", re.sub(r"(?m)^( *)heads: \d+", r"\1heads: 2", text))
+        text = re.sub(r"(?m)^( *)layers: [1-9]\d*", r"\1layers: 3", text).replace("compile: true", "compile: false")
+        data = yaml.safe_load(text)
+        if "max_steps" in data:
+            data |= {"max_steps": 4, "save_every_steps": 2}
+            data["training"] |= {"rows_per_step": 8, "micro_batch_rows": 4, "validation_every_steps": 2}
+            data["data"] |= {"row_tokens": 64, "max_tokens": 64}
+        file.write_text(yaml.safe_dump(data))
+    stages = yaml.safe_load((preset / "stages.yaml").read_text())
+    splits = "--test-fraction 0.2 --validation-fraction 0.1"
+    stages |= {"options": {"train_tokenizer": "--vocab-size 290", "shard": splits}}
+    (preset / "stages.yaml").write_text(yaml.safe_dump(stages))
+    task = yaml.safe_load((preset / "evaluation.yaml").read_text())
+    (preset / "evaluation.yaml").write_text(yaml.safe_dump(task | {"n": 8, "min_tokens": 32}))
+    for file in preset.glob("systems*.yaml"):
+        rows = yaml.safe_load(file.read_text())
+        for row in rows:
+            if row["system"].startswith("model:"):
+                row["sampling"] = {"steps": 2}
+                row["unconditional"] = 2
+        file.write_text(yaml.safe_dump(rows))
+    return preset
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_from_text_to_report(tmp_path: Path, recipe: str) -> None:
+    preset, text = tiny_preset(tmp_path), corpus(tmp_path / "corpus.jsonl")
+    options = ["--configs", str(preset), "--recipe", recipe, "--corpus", str(text)]
+    command = [sys.executable, "launch/quickstart.py", *options]
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+    results = tmp_path / "work" if recipe == "default" else tmp_path / "work" / recipe
+    assert "<html" in (results / "report.html").read_text()
+    rows = [row["name"] for row in json.loads((results / "results.json").read_text())["systems"]]
+    assert {"human", "shuffled", "AR baseline"} <= set(rows)
+    assert "AR baseline" in first.stdout
+    assert str(results / "report.html") in first.stdout
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "$ " not in again.stdout, "a stage was run twice"
+    assert again.stdout.count("done before") == first.stdout.count("        $ ")

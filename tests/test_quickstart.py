@@ -1,0 +1,87 @@
+"""The presets: every command the quickstart would run names options, files and configuration keys that exist."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatext.config import ConfigError
+from megatext.quickstart import RECIPES, Quickstart
+from megatext.stages import Stage
+from tests.command_lines import ROOT, problems
+
+PRESETS = ("quickstart", "small")
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_command_of_a_preset_is_well_formed(preset: str, recipe: str) -> None:
+    for options in ({}, {"num_processes": 2, "corpus": "my corpus.txt"}):
+        quickstart = Quickstart(Path("launch/configs") / preset, recipe=recipe, **options)  # type: ignore[arg-type]
+        wrong = {stage.name: found for stage in quickstart.stages if (found := problems(stage.shell()))}
+        assert not wrong
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_stage_has_what_it_needs(preset: str, recipe: str) -> None:
+    quickstart = Quickstart(Path("launch/configs") / preset, recipe=recipe)
+    earlier: set[str] = set()
+    written: set[Path] = set()
+    for stage in quickstart.stages:
+        assert set(stage.needs) <= earlier
+        assert all(path.is_relative_to(quickstart.work_dir) for path in stage.writes)
+        assert not written & set(stage.writes)
+        assert all(set(path.parents) & written <= needed_outputs(quickstart, stage) for path in stage.writes)
+        earlier.add(stage.name)
+        written |= set(stage.writes)
+        assert stage.name in quickstart.preset.seconds, "a time is expected for every stage"
+
+
+def needed_outputs(quickstart: Quickstart, stage: Stage) -> set[Path]:
+    return {path for other in quickstart.stages if other.name in stage.needs for path in other.writes}
+
+
+def test_options_of_the_command_line_reach_the_stages() -> None:
+    configs = Path("launch/configs/quickstart")
+    plain = {stage.name: stage.shell() for stage in Quickstart(configs).stages}
+    assert "--input pydocs: " in plain["shard"]
+    assert plain["pretrain_lm"] == f"deepspeed --quiet --num_gpus 1 launch/pretrain_lm.py --config {configs}/lm.yaml"
+    assert "--model runs/quickstart/models/lm " in plain["extract_hidden_states"]
+    assert " --ema " in plain["export_dit"]
+    both = {stage.name: stage.shell() for stage in Quickstart(configs, num_processes=2, corpus="a b.txt").stages}
+    assert "--input 'a b.txt' " in both["shard"]
+    for name in ("lm", "vae", "token_vae", "dit"):
+        assert "deepspeed --quiet --num_gpus 2 " in both[f"pretrain_{name}"]
+        assert both[f"pretrain_{name}"].endswith(" --deepspeed_config ds_configs/zero3.json")
+    teacher = {stage.name: stage.shell() for stage in Quickstart(configs, teacher="Qwen/Qwen3-1.7B").stages}
+    assert "train_tokenizer" not in teacher
+    assert "--tokenizer Qwen/Qwen3-1.7B" in teacher["shard"]
+    assert "--model Qwen/Qwen3-1.7B" in teacher["extract_hidden_states"]
+    paper = {stage.name for stage in Quickstart(configs, recipe="textldm_paper").stages}
+    assert "pretrain_dit_textldm_paper" in paper
+    assert "pretrain_token_vae" not in paper
+
+
+def test_bad_presets_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere/stages\.yaml: no such file"):
+        Quickstart(Path("nowhere"))
+    configs = tmp_path / "preset"
+    shutil.copytree("launch/configs/quickstart", configs)
+    dit = yaml.safe_load((configs / "dit.yaml").read_text())
+    dit["dit"]["vae"] = "runs/other"
+    (configs / "dit.yaml").write_text(yaml.safe_dump(dit))
+    with pytest.raises(ConfigError, match=r"dit\.vae is runs/other, but trained here is .*models/token_vae"):
+        Quickstart(configs)
+    stages = yaml.safe_load((configs / "stages.yaml").read_text())
+    stages["seconds"]["pretrain_ditt"] = 1
+    shutil.copy("launch/configs/quickstart/dit.yaml", configs)
+    (configs / "stages.yaml").write_text(yaml.safe_dump(stages))
+    with pytest.raises(ConfigError, match="no stage is called pretrain_ditt"):
+        Quickstart(configs)

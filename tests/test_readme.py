@@ -1,0 +1,58 @@
+"""Every command that README.md and docs/ show refers to targets, files, options and keys that exist."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.command_lines import ROOT, commands, problems
+
+PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))] if path.is_file()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_commands_of_the_documentation(page: Path) -> None:
+    wrong = {command: found for command in commands(page.read_text()) if (found := problems(command))}
+    assert not wrong
+
+
+def test_commands_are_found_where_readers_see_them() -> None:
+    page = """
+Text with `make nothing` inline.
+```bash
+$ make setup   # a comment
+NUM_PROCESSES=2 make quickstart
+deepspeed --num_gpus 2 launch/pretrain_dit.py \\
+    --config launch/configs/quickstart/dit.yaml
+cat results.json
+```
+make outside
+"""
+    assert commands(page) == [
+        "make setup",
+        "NUM_PROCESSES=2 make quickstart",
+        "deepspeed --num_gpus 2 launch/pretrain_dit.py      --config launch/configs/quickstart/dit.yaml",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        ("make quickstart RECIPE=default NUM_PROCESSES=2", None),
+        ("make quikstart", "no target quikstart"),
+        ("make quickstart RECIP=default", "no variable RECIP=default"),
+        ("python launch/none.py --config FILE", "launch/none.py: no such file"),
+        ("python -m data_tools.none", "no module data_tools.none"),
+        ("python launch/quickstart.py --configs launch/configs/quickstart --num_processes 2", None),
+        ("python launch/quickstart.py --num-processes 2", "no option --num-processes"),
+        ("deepspeed launch/pretrain_lm.py --config FILE [--section.key value ...]", None),
+        ("deepspeed --num_gpus 2 launch/pretrain_lm.py --config launch/configs/quickstart/lm.yaml --seed 1", None),
+        ("deepspeed launch/pretrain_lm.py --config launch/configs/quickstart/lm.yaml --max_step 1", "max_steps"),
+        ("deepspeed launch/pretrain_lm.py --config launch/configs/nowhere/lm.yaml", "no such file"),
+    ],
+)
+def test_problems_are_told(command: str, complaint: str | None) -> None:
+    found = problems(command)
+    if complaint is None:
+        assert found == []
+    else:
+        assert complaint in found[0]

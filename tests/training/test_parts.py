@@ -1,0 +1,164 @@
+"""The trainer's parts on their own: schedule, Muon, layouts, DeepSpeed's JSON, metrics, estimates."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from megatext.config import ConfigError
+from megatext.data.stream import DataConfig
+from megatext.training.engine import accumulation_steps, deepspeed_json
+from megatext.training.estimate import flops_per_token, state_gib
+from megatext.training.metrics import Logger, LoggingConfig, Meter, console_line, duration
+from megatext.training.optimizer import OptimizerConfig, build_optimizer, orthogonalize
+from megatext.training.partitions import _contiguous
+from megatext.training.schedule import learning_rate_share
+from megatext.training.trainer import RunConfig, TrainingConfig
+
+FILES = Path(__file__).resolve().parents[2] / "ds_configs"
+
+
+def config(**training: object) -> RunConfig:
+    return RunConfig(run_dir="x", max_steps=10, data=DataConfig(shards="x"), training=TrainingConfig(**training))  # type: ignore[arg-type]
+
+
+@given(st.integers(0, 20), st.integers(21, 100), st.sampled_from(["constant", "cosine", "linear"]), st.floats(0, 1))
+def test_learning_rate_warms_up_and_decays_to_its_floor(warmup: int, steps: int, schedule: str, floor: float) -> None:
+    settings = OptimizerConfig(warmup_steps=warmup, schedule=schedule, min_learning_rate_ratio=floor)  # type: ignore[arg-type]
+    shares = [learning_rate_share(settings, step, steps) for step in range(steps + 1)]
+    assert all(0 <= share <= 1 for share in shares)
+    assert shares[:warmup] == sorted(shares[:warmup])
+    assert shares[warmup:] == sorted(shares[warmup:], reverse=True)
+    assert shares[warmup] == 1.0
+    assert shares[-1] == pytest.approx(1.0 if schedule == "constant" else floor)
+
+
+def test_decay_steps_come_last() -> None:
+    settings = OptimizerConfig(schedule="linear", decay_steps=10)
+    assert [learning_rate_share(settings, step, 100) for step in (0, 89, 95)] == [1.0, 1.0, 0.5]
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 32), (2, 32, 8)])
+def test_orthogonalized_singular_values_are_near_one(shape: tuple[int, int, int]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    result = orthogonalize(matrices)
+    scale = math.sqrt(max(1.0, shape[1] / shape[2]))
+    values = torch.linalg.svdvals(result) / scale
+    assert values.max() < 1.3
+    assert values.median() > 0.6
+    # Same singular vectors: the product with the transposed original is symmetric positive.
+    product = result @ matrices.mT if shape[1] <= shape[2] else result.mT @ matrices
+    torch.testing.assert_close(product, product.mT, rtol=1e-3, atol=1e-3)
+
+
+def test_muon_gets_the_blocks_matrices_only() -> None:
+    module = nn.ModuleDict({"blocks": nn.Linear(4, 4), "embed": nn.Embedding(5, 4)})
+    optimizer = build_optimizer(module, OptimizerConfig(name="muon", weight_decay=0.1), muon_dtype=torch.float32)
+    groups = {(g["muon"], g["weight_decay"]): [tuple(p.shape) for p in g["params"]] for g in optimizer.param_groups}
+    assert groups == {(True, 0.1): [(4, 4)], (False, 0.1): [(5, 4)], (False, 0.0): [(4,)]}
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(1, 6))
+def test_contiguous_layout_covers_every_element_once(sizes: list[int], world: int) -> None:
+    params = [nn.Parameter(torch.empty(size)) for size in sizes]
+    names = {id(parameter): str(number) for number, parameter in enumerate(params)}
+    total = sum(sizes)
+    size = math.ceil(total / (2 * world)) * 2
+    flat = torch.arange(size * world)
+    found = {str(number): torch.full((length,), -1) for number, length in enumerate(sizes)}
+    for rank, fragments in enumerate(_contiguous(names, params, size, world)):
+        own = flat[rank * size : (rank + 1) * size]
+        for f in fragments:
+            assert (found[f.name][f.start : f.start + f.length] == -1).all()
+            found[f.name][f.start : f.start + f.length] = own[f.offset : f.offset + f.length]
+    assert torch.equal(torch.cat(list(found.values())), torch.arange(total))
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in FILES.glob("*.json")))
+def test_shipped_deepspeed_files(name: str) -> None:
+    settings = deepspeed_json(config(rows_per_step=32, micro_batch_rows=4), FILES / name, world=2)
+    assert settings["train_batch_size"] == 32
+    assert settings["gradient_accumulation_steps"] == 4
+    assert settings["gradient_clipping"] == 1.0
+    assert settings["bf16"] == {"enabled": True}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"gradient_clipp1ng": 1}, "unknown key 'gradient_clipp1ng'"),
+        ({"gradient_clipping": 1}, "set by optimizer.clip_norm"),
+        ({"bf16": {"enabled": True}}, "set by training.precision"),
+        ({"zero_optimization": {"stage": 4}}, "stage is 4"),
+        ({"zero_optimization": {"stage": 0}}, "stage 0 has no fp32 accumulation"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "nvme is not supported"),
+    ],
+)
+def test_deepspeed_files_that_are_refused(tmp_path: Path, content: dict[str, object], message: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=message) as caught:
+        deepspeed_json(config(), path, world=1)
+    assert str(path) in str(caught.value)
+
+
+def test_accumulation_follows_or_is_refused() -> None:
+    assert accumulation_steps(config(rows_per_step=24, micro_batch_rows=4), world=2) == 3
+    with pytest.raises(ConfigError, match=r"one of \[1, 2, 3, 4, 6, 12\]"):
+        accumulation_steps(config(rows_per_step=24, micro_batch_rows=5), world=2)
+    with pytest.raises(ConfigError, match="multiple of 5"):
+        accumulation_steps(config(rows_per_step=24, micro_batch_rows=1), world=5)
+
+
+def test_meter_divides_once() -> None:
+    meter = Meter()
+    for total, count in ((1.0, 1), (5.0, 3)):
+        meter.add("pair", torch.tensor(total), torch.tensor(count))
+        meter.add("sum", torch.tensor(total))
+    meter.add("empty", torch.tensor(0.0), torch.tensor(0))
+    assert meter.read() == {"pair": 1.5, "sum": 6.0}
+    assert meter.read() == {}
+
+
+def test_rewind_forgets_what_will_be_logged_again(tmp_path: Path) -> None:
+    logger = Logger(tmp_path, LoggingConfig(), is_main=True, resolved={})
+    for step in (1, 2, 3):
+        logger.record(step, {"loss": 1.0})
+    with logger.path.open("a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    logger.rewind(2)
+    assert [json.loads(line)["step"] for line in logger.path.read_text().splitlines()] == [1, 2]
+
+
+def test_missing_wandb_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    logger = Logger(tmp_path, LoggingConfig(wandb_project="p"), is_main=True, resolved={})
+    logger.record(1, {"loss": 1.0})
+    logger.finish()
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_console_lines_are_aligned() -> None:
+    figures = {
+        "loss": 3.21, "learning_rate": 3e-4, "grad_norm": 0.5, "tokens_per_second": 12345.0, "data_wait": 0.01,
+        "memory_gib": 1.5, "eta_seconds": 3723.0,
+    }  # fmt: skip
+    lines = [console_line(step, 1000, figures, ["ce"]) for step in (1, 1000)]
+    assert len(set(map(len, lines))) == 1
+    assert lines[0].startswith("step    1/1000 | loss  3.2100 | lr 3.00e-04 | grad   0.50 |  12.3k tok/s")
+    assert duration(90061) == "1d 1:01:01"
+
+
+def test_estimates() -> None:
+    module = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 8, bias=False), nn.LayerNorm(8))
+    assert flops_per_token(module) == 6 * 32
+    everything = {"world": 8, "precision": "bf16", "ema": True, "muon": False}
+    assert state_gib(2**30, stage=1, **everything) == pytest.approx(2 + 4 + 16 / 8)  # type: ignore[arg-type]
+    assert state_gib(2**30, stage=3, **everything) == pytest.approx((2 + 4 + 16) / 8)  # type: ignore[arg-type]

@@ -1,0 +1,204 @@
+"""The trainer as its users meet it: whole runs on one and two processes, killed, resumed, damaged, exported."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatext import recipes
+from megatext.config import ConfigError, load_config
+from megatext.export import export
+from megatext.training import checkpoint
+from megatext.training.guards import NonFiniteError
+from megatext.training.trainer import REQUEUE_EXIT_CODE, train
+from tests.training import toy
+
+FILES = Path(__file__).resolve().parents[2] / "ds_configs"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("toy")
+    toy.write_toy_config(path)
+    return path
+
+
+def run_here(folder: Path, name: str, ds_file: str | None = None, **overrides: object) -> Path:
+    """A run on this process; returns its directory."""
+    options = [f"--{key.replace('__', '.')}={value}" for key, value in overrides.items()]
+    argv = ["--config", str(folder / "toy.yaml"), f"--run_dir={folder / name}", *options]
+    config, _ = load_config(toy.ToyConfig, argv)
+    train(config, toy.ToyRecipe(config), FILES / ds_file if ds_file else None)
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Path:
+    """10 steps on one process, 4 micro-batches a step, every step saved."""
+    return run_here(folder, "reference", save_every_steps=1, training__keep_last=20)
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in toy.records(run) if "loss" in line]
+
+
+def weights(run: Path, key: str = "master", step: int = 10) -> dict[str, torch.Tensor]:
+    return checkpoint.Reader(checkpoint.checkpoint_path(run, step)).state_dict(key)
+
+
+def assert_same_run(run: Path, reference: Path, tolerance: float) -> None:
+    assert losses(run) == pytest.approx(losses(reference), rel=tolerance, abs=0)
+    for key in ("master", "ema"):
+        mine, theirs = weights(run, key), weights(reference, key)
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            torch.testing.assert_close(mine[name], theirs[name], rtol=tolerance, atol=tolerance)
+
+
+def test_records_and_files(reference: Path) -> None:
+    lines = toy.records(reference)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 11))
+    steps = [line for line in lines if "loss" in line]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    first = steps[0]
+    assert first["loss"] == pytest.approx(first["loss/ce"])  # the second term's weight is 0 at step 0
+    assert {"learning_rate", "grad_norm", "tokens_per_second", "data_wait", "eta_seconds", "accuracy"} <= first.keys()
+    assert {"validation/loss", "validation_ema/loss"} <= lines[-2].keys()
+    assert lines[-1] == {"step": 10, "measured": 1.5}
+    assert (reference / "samples" / "step-00000010.txt").read_text() == "a sample\n"
+    assert (reference / "config.yaml").is_file()
+
+
+def test_ema_equals_an_unsharded_average(folder: Path, reference: Path) -> None:
+    config, _ = load_config(toy.ToyConfig, ["--config", str(folder / "toy.yaml")])
+    average = {name: p.detach().double() for name, p in toy.ToyRecipe(config).module.named_parameters()}
+    for step in range(1, 11):
+        decay = min(0.9, step / (9 + step))
+        now = weights(reference, step=step)
+        average = {name: decay * value + (1 - decay) * now[name].double() for name, value in average.items()}
+    kept = weights(reference, "ema")
+    for name, value in average.items():
+        torch.testing.assert_close(kept[name].double(), value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("ds_file", ["zero2.json", "zero3.json", "zero3_offload.json"])
+def test_every_stage_takes_the_same_steps(folder: Path, reference: Path, ds_file: str) -> None:
+    assert_same_run(run_here(folder, f"one-{ds_file}", ds_file), reference, 1e-5)
+
+
+@pytest.mark.dist
+def test_two_ranks_of_zero3_equal_one_process(folder: Path, reference: Path) -> None:
+    """2 ranks x 2 micro-batches = 1 rank x 4 micro-batches, with Muon, clipping, two loss terms and EMA."""
+    result = toy.start(2, folder, "two")
+    assert result.returncode == 0, result.stdout
+    assert "ZeRO stage 3" in result.stdout
+    assert_same_run(folder / "two", reference, 1e-5)
+
+
+@pytest.mark.dist
+def test_resume_on_another_number_of_ranks(folder: Path, reference: Path) -> None:
+    """6 steps on two ranks of ZeRO-3, killed, 4 more on one process of ZeRO-1."""
+    result = toy.start(2, folder, "elastic", kill_at_step=8)
+    assert result.returncode == -9, result.stdout
+    run_here(folder, "elastic")
+    assert_same_run(folder / "elastic", reference, 1e-5)
+
+
+@pytest.mark.dist
+def test_killed_and_resumed_equals_uninterrupted(folder: Path, reference: Path) -> None:
+    """10 steps == 6 saved, killed in the 8th, resumed: bit for bit."""
+    result = toy.start(1, folder, "killed", kill_at_step=8)
+    assert result.returncode == -9, result.stdout
+    assert checkpoint.list_checkpoints(folder / "killed")[-1].name == "step-00000006"
+    run_here(folder, "killed")
+    assert losses(folder / "killed") == losses(reference)
+    assert_same_run(folder / "killed", reference, 0.0)
+
+
+@pytest.mark.dist
+def test_sigterm_saves_and_asks_to_be_requeued(folder: Path) -> None:
+    result = toy.start(1, folder, "signalled", signal_at_step=4)
+    assert result.returncode == REQUEUE_EXIT_CODE, result.stdout
+    assert checkpoint.list_checkpoints(folder / "signalled")[-1].name == "step-00000004"
+
+
+def test_damaged_checkpoint_falls_back(folder: Path, reference: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = folder / "damaged"
+    shutil.copytree(reference, run)
+    for step in (8, 9, 10):
+        path = checkpoint.checkpoint_path(run, step) / "rank-00000.pt"
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    run_here(folder, "damaged")
+    shown = capsys.readouterr().out
+    assert "step-00000010/rank-00000.pt is missing or was changed" in shown and "at step 7" in shown
+    assert_same_run(run, reference, 0.0)
+
+
+def test_probe_loss_refuses_foreign_weights(folder: Path, reference: Path) -> None:
+    run = folder / "foreign"
+    shutil.copytree(reference, run)
+    path = checkpoint.checkpoint_path(run, 10)
+    meta = json.loads((path / "meta.json").read_text())
+    (path / "meta.json").write_text(json.dumps(meta | {"probe_loss": meta["probe_loss"] + 1}))
+    listed = json.loads((path / "COMPLETE").read_text())
+    listed["files"]["meta.json"] = checkpoint._fingerprint(path / "meta.json")
+    (path / "COMPLETE").write_text(json.dumps(listed))
+    with pytest.raises(ConfigError, match="probe batch"):
+        run_here(folder, "foreign", max_steps=11)
+
+
+def test_resume_never_and_another_model_are_refused(folder: Path, reference: Path) -> None:
+    with pytest.raises(ConfigError, match="holds a run already"):
+        run_here(folder, "reference", resume="never")
+    with pytest.raises(ConfigError, match="choose another run_dir"):
+        run_here(folder, "reference", width=32)
+    with pytest.raises(ConfigError, match="optimizer.name 'muon', now it is 'adamw'"):
+        run_here(folder, "reference", optimizer__name="adamw")
+
+
+def test_non_finite_step_is_skipped_named_and_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_here(folder, "nan", nan_at_steps=[4], max_steps=6)
+    shown = capsys.readouterr().out
+    assert "step 4 skipped (skipped so far: 1): rank 0: loss nan in micro-batch 0" in shown
+    assert "blocks.0" in shown and "documents train-" in shown
+    assert [line["skipped_steps"] for line in toy.records(run) if "skipped_steps" in line] == [0, 0, 0, 1, 1, 1]
+    before, after = weights(run, step=3), weights(run, step=6)
+    assert all(torch.isfinite(value).all() for value in after.values())
+    assert not torch.equal(before["embed.weight"], after["embed.weight"])
+
+
+def test_non_finite_steps_in_a_row_stop_the_run(folder: Path) -> None:
+    with pytest.raises(NonFiniteError, match="2 steps in a row"):
+        run_here(folder, "nans", nan_at_steps=[2, 3], training__skipped_steps_limit=2)
+
+
+def test_bf16_keeps_statistics_exact_and_exports(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(recipes._MODULES, "ToyConfig", "tests.training.toy")
+    monkeypatch.setattr(toy, "build", toy.ToyRecipe, raising=False)
+    run = run_here(folder, "bf16", training__precision="bf16", max_steps=4)
+    for ema in (False, True):
+        export(run, tmp_path / str(ema), ema=ema)
+        exported = torch.load(tmp_path / str(ema) / "weights.pt")
+        expected = weights(run, "ema" if ema else "master", step=4)
+        assert exported.keys() == expected.keys() >= {"head.weight", "latent_mean"}
+        assert all(torch.equal(exported[name], expected[name]) for name in expected)
+        assert torch.equal(exported["latent_mean"], torch.full((3,), 0.1))
+    assert not torch.equal(exported["embed.weight"], exported["embed.weight"].bfloat16().float())  # fp32 masters
+
+
+def test_export_without_a_checkpoint_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no whole checkpoint found"):
+        export(tmp_path, tmp_path / "out")
+
+
+def test_bad_configurations(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="micro_batch_rows could be one of"):
+        run_here(folder, "bad", training__micro_batch_rows=3)
+    file = folder / "file"
+    file.write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        run_here(folder, "file/run")
