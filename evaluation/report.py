@@ -36,10 +36,11 @@ def write_report(output: Path, manifest: Manifest, runs: Sequence[Path] = (), *,
 
     results = load_results(output, manifest)
     headings, rows, footnotes = table(results)
-    plots = {"quality": quality_plot(results), "losses": loss_plot(runs), "reconstruction": reconstruction_plot(runs)}
+    drawn = {"quality": quality_plot(results), "reconstruction": reconstruction_plot(runs)}
+    drawn |= {f"loss_{run.name}": loss_plot(run) for run in runs}
+    plots = {name: png for name, png in drawn.items() if png is not None}
     for name, png in plots.items():
-        if png is not None:
-            atomic_write(output / "plots" / f"{name}.png", png)
+        atomic_write(output / "plots" / f"{name}.png", png)
     atomic_write(output / "table.md", markdown(headings, rows, footnotes))
     atomic_write(output / "table.csv", _csv(results))
     texts: dict[str, dict[str, Any]] = {}
@@ -56,7 +57,7 @@ def write_report(output: Path, manifest: Manifest, runs: Sequence[Path] = (), *,
         rows=[[_cell(text, cells[0], key, system) for text, key in zip(cells, ("", *_KEYS, ""), strict=True)]
               for cells, system in zip(rows, results["systems"], strict=True)],
         footnotes=footnotes,
-        plots={name: base64.b64encode(png).decode() for name, png in plots.items() if png is not None},
+        plots={name: base64.b64encode(png).decode() for name, png in plots.items()},
         prompts=shown,
         roles={s["name"]: _role(s["system"]) for s in results["systems"]},
         sampling={s["name"]: s["sampling"] for s in results["systems"]},
@@ -144,8 +145,7 @@ def quality_plot(results: dict[str, Any]) -> bytes | None:
     ]
     if not points:
         return None
-    figure, axes = _figure(1)
-    (ax,) = axes
+    figure, ax = _figure()
     human = next(p for p in points if p[0] == next(s["name"] for s in results["systems"] if s["system"] == "human"))
     ax.axhline(0, color="#9aa3ad", lw=0.8, zorder=0)
     ax.axvspan(human[2] - 0.5, human[2] + 0.5, color="#eef3f8", zorder=-1)
@@ -166,34 +166,28 @@ def quality_plot(results: dict[str, Any]) -> bytes | None:
     return _png(figure)
 
 
-def loss_plot(runs: Sequence[Path]) -> bytes | None:
-    """One panel a run: every series of metrics.jsonl whose name holds `loss`, smoothed beside raw."""
-    curves: list[tuple[str, dict[str, tuple[list[float], list[float]]]]] = []
-    for run in runs:
-        series: dict[str, tuple[list[float], list[float]]] = {}
-        for record in read_log(run / "metrics.jsonl"):
-            for key, value in record.items():
-                plain = isinstance(value, int | float) and not isinstance(value, bool)
-                if plain and "loss" in key.lower() and "bin" not in key.lower() and "step" in record:
-                    steps, values = series.setdefault(key, ([], []))
-                    steps.append(record["step"])
-                    values.append(float(value))
-        if series:
-            curves.append((run.name, series))
-    if not curves:
+def loss_plot(run: Path) -> bytes | None:
+    """Every series of a run's metrics.jsonl whose name holds `loss`, smoothed over raw where it is dense."""
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for record in read_log(run / "metrics.jsonl"):
+        for key, value in record.items():
+            plain = isinstance(value, int | float) and not isinstance(value, bool)
+            if plain and "loss" in key.lower() and "bin" not in key.lower() and "step" in record:
+                steps, values = series.setdefault(key, ([], []))
+                steps.append(record["step"])
+                values.append(float(value))
+    if not series:
         return None
-    figure, axes = _figure(len(curves))
-    for ax, (name, series) in zip(axes, curves, strict=True):
-        for (key, (steps, values)), color in zip(sorted(series.items()), _COLORS * 9, strict=False):
-            dense = len(values) > 40
-            marker = None if len(values) > 20 else "o"
-            label = None if dense else key
-            ax.plot(steps, values, color=color, lw=0.8, alpha=0.3 if dense else 1, marker=marker, ms=3, label=label)
-            if dense:
-                ax.plot(steps, _smooth(values), color=color, lw=1.6, label=key)
-        ax.set(title=name, xlabel="step", ylabel="loss")
-        ax.legend(fontsize=8, frameon=False)
-        ax.set_ylim(*_limits([value for _, values in series.values() for value in values]))
+    figure, ax = _figure()
+    for (key, (steps, values)), color in zip(sorted(series.items()), _COLORS * 9, strict=False):
+        if len(values) > 40:
+            ax.plot(steps, values, color=color, lw=0.8, alpha=0.3)
+            ax.plot(steps, _smooth(values), color=color, lw=1.6, label=key)
+        else:
+            ax.plot(steps, values, color=color, lw=1.2, marker="o", ms=3, label=key)
+    ax.set(title=f"Training of {run.name}", xlabel="step", ylabel="loss")
+    ax.legend(fontsize=8, frameon=False)
+    ax.set_ylim(*_limits([value for _, values in series.values() for value in values]))
     return _png(figure)
 
 
@@ -210,7 +204,7 @@ def reconstruction_plot(runs: Sequence[Path]) -> bytes | None:
                 curves.append({"label": run.name, **curve})
     if not curves:
         return None
-    figure, (ax,) = _figure(1)
+    figure, ax = _figure()
     for curve, color in zip(curves, _COLORS * 9, strict=False):
         ax.plot(
             curve["noise"], [100 * a for a in curve["accuracy"]], marker="o", ms=4, color=color, label=curve["label"]
@@ -223,25 +217,17 @@ def reconstruction_plot(runs: Sequence[Path]) -> bytes | None:
     return _png(figure)
 
 
-def _figure(panels: int) -> tuple[Any, list[Any]]:
+def _figure() -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns = min(panels, 2)
-    rows = -(-panels // columns)
-    figure, grid = pyplot.subplots(
-        rows, columns, figsize=(5.6 * columns, 3.6 * rows), squeeze=False, layout="constrained"
-    )
-    axes = list(grid.flat)
-    for ax in axes[panels:]:
-        ax.set_visible(False)
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(color="#e6e9ed", lw=0.6)
-        ax.set_axisbelow(True)
-    return figure, axes[:panels]
+    figure, ax = pyplot.subplots(figsize=(5.6, 3.6), layout="constrained")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(color="#e6e9ed", lw=0.6)
+    ax.set_axisbelow(True)
+    return figure, ax
 
 
 def _png(figure: Any) -> bytes:
@@ -254,8 +240,8 @@ def _png(figure: Any) -> bytes:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Exponential average over about a fiftieth of the run, without a bias to the start."""
-    keep = 1 - 1 / max(2.0, len(values) / 50)
+    """Exponential average over about a hundredth of the run, without a bias to the start."""
+    keep = 1 - 1 / max(2.0, len(values) / 100)
     average, weight, smoothed = 0.0, 0.0, []
     for value in values:
         average, weight = keep * average + (1 - keep) * value, keep * weight + 1 - keep

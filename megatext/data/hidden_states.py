@@ -69,12 +69,16 @@ class HiddenStatesWriter:
             self._manifest["splits"] = present["splits"]
         self._entries: list[dict[str, Any]] = []
         self._writer: ShardWriter | None = None
+        self._sums: Tensor | None = None
 
     def add(self, key: str, states: Tensor) -> None:
         """The states `[tokens, width]` of a document's tokens: of all, or of the first ones."""
         if self._writer is None:
             self._writer = ShardWriter(self.directory / f"{self.split}-{len(self._entries):06d}.tar")
         self._writer.add(key, to_stored(states.cpu(), self.storage), None, len(states))
+        double = states.double().cpu()
+        moments = torch.stack((double.sum(0), double.square().sum(0)))
+        self._sums = moments if self._sums is None else self._sums + moments
         if self._writer.tokens >= self.shard_tokens:
             self._close_shard()
 
@@ -87,7 +91,17 @@ class HiddenStatesWriter:
         """Close the last shard and write the manifest, which makes the states visible to readers."""
         self._close_shard()
         documents, tokens = (sum(entry[name] for entry in self._entries) for name in ("samples", "tokens"))
-        self._manifest["splits"][self.split] = {"documents": documents, "tokens": tokens, "shards": self._entries}
+        assert self._sums is not None, "no document was added"
+        mean = self._sums[0] / tokens
+        std = (self._sums[1] / tokens - mean.square()).clamp(min=1e-12).sqrt()
+        self._manifest["splits"][self.split] = {
+            "documents": documents,
+            "tokens": tokens,
+            # a channel's mean and deviation: REPA standardises with them
+            "mean": mean.tolist(),
+            "std": std.tolist(),
+            "shards": self._entries,
+        }
         write_json(self.directory / MANIFEST, self._manifest)
 
     def abandon(self) -> None:

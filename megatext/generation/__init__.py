@@ -1,0 +1,6 @@
+"""Prompts in, text out, for every system."""
+
+from megatext.generation.sampling import SamplingConfig
+from megatext.generation.text_generator import TextGenerator
+
+__all__ = ["SamplingConfig", "TextGenerator"]

@@ -77,7 +77,7 @@ class _Writer:
         """Clean repaint: tokens of the block that the prompt gives stay at their latents and at t = 0."""
         network = self.generator.module.network
         history = self._history(rows)
-        cache = self.cache.select(rows)
+        past = self.cache.of(rows)
         with_history = make_mask("two_stream", own, Layout.concatenate([history, own]), backend="dense")
         alone = make_mask("two_stream", own, backend="dense")
         index = (~given).long()
@@ -86,7 +86,7 @@ class _Writer:
             z = torch.where(given[..., None], clean, z)
             return network(z, torch.stack((torch.zeros_like(t), t)), index, own.position, torch.ones_like(given),
                            with_history if conditional else alone, self_condition=previous,
-                           cache=cache if conditional else None).float()
+                           past=past if conditional else None)[0].float()
 
         chosen = [self.requests[i] for i in rows.tolist()]
         z = self.generator.noise(chosen, start.tolist(), (self.size, clean.shape[-1]), self.device)
@@ -110,10 +110,11 @@ class _Writer:
         mask = make_mask("two_stream", own, Layout.concatenate([self._history(every), own]), backend="dense")
         latents = self._latents(every, self.tokens.gather(1, position), position)
         index = torch.zeros_like(position)
-        self.generator.module.network(
+        _, kept = self.generator.module.network(
             latents, torch.zeros(1, device=self.device), index, position, torch.zeros_like(keep), mask,
-            predict=slice(0, 0), cache=self.cache, write=(position, keep),
+            past=self.cache.of(every), predict=False,
         )
+        self.cache.write(kept, position, keep)
         self.committed = torch.maximum(self.committed, until)
 
     def _latents(self, rows: Tensor, tokens: Tensor, position: Tensor) -> Tensor:

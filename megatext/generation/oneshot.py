@@ -39,7 +39,7 @@ def generate(generator: "TextGenerator", requests: "list[Request]", sampling: Sa
         z = torch.where(is_target[..., None], z, context if conditional else dropped)
         timesteps = torch.stack((torch.zeros_like(t), t))
         return network(z, timesteps, is_target.long(), position, is_target, masks[conditional],
-                       self_condition=previous).float()
+                       self_condition=previous)[0].float()
 
     z = torch.zeros_like(context)
     for row, (request, (first, last)) in enumerate(zip(requests, lengths, strict=True)):

@@ -10,6 +10,8 @@ from torch import Tensor
 from megatext.nn.layout import PADDING, RULES, AttentionRule, Layout, allowed
 
 Backend = Literal["auto", "dense", "flex"]
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of one block, each `[rows, heads, tokens, head width]`."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,14 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
-    def write(self, layer: int, k: Tensor, v: Tensor, position: Tensor, keep: Tensor) -> None:
-        """Store k, v `[rows, heads, n, d]` at slots `position [rows, n]` where `keep [rows, n]`."""
+    def write(self, kept: list[KeysValues], position: Tensor, keep: Tensor) -> None:
+        """Store keys and values, a block, of n columns at slots `position [rows, n]` where `keep [rows, n]`."""
         rows, columns = keep.nonzero(as_tuple=True)
         slots = position[rows, columns]
-        self.keys[layer][rows, :, slots] = k[rows, :, columns]
-        self.values[layer][rows, :, slots] = v[rows, :, columns]
+        for layer, (k, v) in enumerate(kept):
+            self.keys[layer][rows, :, slots] = k[rows, :, columns]
+            self.values[layer][rows, :, slots] = v[rows, :, columns]
 
-    def select(self, rows: Tensor) -> "KVCache":
-        """The cache of some rows (a copy)."""
-        chosen = object.__new__(KVCache)
-        chosen.keys, chosen.values = self.keys[:, rows], self.values[:, rows]
-        return chosen
+    def of(self, rows: Tensor) -> list[KeysValues]:
+        """Keys and values a block, of some rows (copies)."""
+        return list(zip(self.keys[:, rows], self.values[:, rows], strict=True))

@@ -1,7 +1,7 @@
 """The parts every network here is built from: RoPE, QK-norm attention, MLPs, adaLN-zero, timestep embedding."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatext.nn.attention import KVCache, Mask, attend
+from megatext.nn.attention import KeysValues, Mask, attend
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,15 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(self.head_width, eps=1e-6) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, past: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x `[rows, tokens, width]` -> (output, k, v); `past` keys and values stand before the row's own."""
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, past: KeysValues | None = None
+    ) -> tuple[Tensor, KeysValues]:
+        """x `[rows, tokens, width]` -> (output, own keys and values); `past` ones stand before the row's own."""
         rows, tokens, width = x.shape
         q, k, v = self.qkv(x).view(rows, tokens, 3, self.heads, self.head_width).permute(2, 0, 3, 1, 4)
         q, k = apply_rope(self.q_norm(q), *rope), apply_rope(self.k_norm(k), *rope)
         keys, values = (k, v) if past is None else (torch.cat((past[0], k), 2), torch.cat((past[1], v), 2))
         mixed = attend(q, keys, values, mask).transpose(1, 2).reshape(rows, tokens, width)
-        return self.out(mixed), k, v
+        return self.out(mixed), (k, v)
 
 
 class MLP(nn.Module):
@@ -113,22 +113,22 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         mask: Mask,
         condition: tuple[Tensor, Tensor] | None = None,
-        past: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        past: KeysValues | None = None,
+    ) -> tuple[Tensor, KeysValues]:
         """`condition` is (embedding `[distinct, width]`, index `[rows, tokens]`): modulation is computed once for
-        each distinct timestep and gathered, not once a token. Returns (x, k, v)."""
+        each distinct timestep and gathered, not once a token. Returns x and the block's keys and values."""
         if self.modulation is None:
-            mixed, k, v = self.attention(self.attention_norm(x), rope, mask, past)
+            mixed, own = self.attention(self.attention_norm(x), rope, mask, past)
             x = x + mixed
-            return x + self.mlp(self.mlp_norm(x)), k, v
+            return x + self.mlp(self.mlp_norm(x)), own
         assert condition is not None
         embedding, index = condition
         table = self.modulation(F.silu(embedding))
         # an embedding look-up: its backward is several times faster than that of indexing, on CPU
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = F.embedding(index, table).chunk(6, dim=-1)
-        mixed, k, v = self.attention(self.attention_norm(x) * (1 + scale_a) + shift_a, rope, mask, past)
+        mixed, own = self.attention(self.attention_norm(x) * (1 + scale_a) + shift_a, rope, mask, past)
         x = x + gate_a * mixed
-        return x + gate_m * self.mlp(self.mlp_norm(x) * (1 + scale_m) + shift_m), k, v
+        return x + gate_m * self.mlp(self.mlp_norm(x) * (1 + scale_m) + shift_m), own
 
 
 class Trunk(nn.Module):
@@ -148,22 +148,21 @@ class Trunk(nn.Module):
         position: Tensor,
         mask: Mask,
         condition: tuple[Tensor, Tensor] | None = None,
-        cache: KVCache | None = None,
-        write: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """x `[rows, tokens, width]`, `position [rows, tokens]`. With a cache, its slots are keys before the row's
-        own; `write = (position, keep)` also commits this call's keys and values to it."""
+        past: Sequence[KeysValues] | None = None,
+    ) -> tuple[Tensor, list[KeysValues]]:
+        """x `[rows, tokens, width]`, `position [rows, tokens]` -> (output, keys and values a block). `past` holds, a
+        block, those of tokens that stand before the row's own: a KV cache, or the clean copy in training."""
         rope = rope_tables(position, self.config.width // self.config.heads, self.config.rope_theta)
         every = self.config.activation_checkpointing
+        kept = []
         for i, block in enumerate(self.blocks):
-            past = (cache.keys[i], cache.values[i]) if cache is not None else None
+            before = None if past is None else past[i]
             if every and i % every == 0 and self.training and torch.is_grad_enabled():
-                x, k, v = checkpoint(block, x, rope, mask, condition, past, use_reentrant=False)
+                x, own = checkpoint(block, x, rope, mask, condition, before, use_reentrant=False)
             else:
-                x, k, v = block(x, rope, mask, condition, past)
-            if cache is not None and write is not None:
-                cache.write(i, k, v, *write)
-        return self.norm(x)
+                x, own = block(x, rope, mask, condition, before)
+            kept.append(own)
+        return self.norm(x), kept
 
 
 class TimestepEmbedding(nn.Module):

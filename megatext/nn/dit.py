@@ -1,12 +1,13 @@
 """TextDiT: a transformer over clean and noisy latents in one packed row (TextLDM section 3.2, Cola DLM)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from megatext.nn.attention import KVCache, Mask
+from megatext.nn.attention import KeysValues, Mask
 from megatext.nn.blocks import TimestepEmbedding, Trunk, TrunkConfig
 
 
@@ -52,20 +53,20 @@ class TextDiT(nn.Module):
         mask: Mask,
         *,
         self_condition: Tensor | None = None,
-        predict: slice | None = None,
-        cache: KVCache | None = None,
-        write: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
+        past: Sequence[KeysValues] | None = None,
+        predict: bool = True,
+    ) -> tuple[Tensor, list[KeysValues]]:
         """latents `[rows, tokens, channels]`; `timesteps [distinct]` float32 and `timestep_index [rows, tokens]` into
-        it; `position [rows, tokens]`; `target` bool `[rows, tokens]` (to be generated); `predict` limits the output
-        head to a slice of columns. Returns `[rows, predicted, channels or vocab_size]`."""
-        dtype = self.latent_in.weight.dtype
+        it; `position [rows, tokens]`; `target` bool `[rows, tokens]` (to be generated); `past` keys and values of
+        tokens before these. Returns the prediction `[rows, tokens, channels or vocab_size]` (without `predict` the
+        trunk's output) and the tokens' own keys and values."""
         if self.config.self_conditioning:
-            previous = torch.zeros_like(latents) if self_condition is None else self_condition
+            # context has no estimate: its latents are known
+            previous = torch.zeros_like(latents) if self_condition is None else self_condition * target[..., None]
             latents = torch.cat((latents, previous), dim=-1)
-        x = self.latent_in(latents.to(dtype))
+        x = self.latent_in(latents.to(self.latent_in.weight.dtype))
         if self.role is not None:
             x = x + self.role(target.long())
         condition = (self.timestep(timesteps), timestep_index) if self.timestep is not None else None
-        x = self.trunk(x, position, mask, condition, cache, write)
-        return self.head(x if predict is None else x[:, predict])
+        x, kept = self.trunk(x, position, mask, condition, past)
+        return (self.head(x) if predict else x), kept

@@ -67,7 +67,7 @@ class TextVAE(nn.Module):
         """tokens int64 `[rows, tokens]` -> posterior mean and log-variance, float32 `[rows, tokens, channels]`, and
         the encoder's features `[rows, tokens, width]` (REPA aligns them with a teacher)."""
         mask = make_mask(self.config.attention, layout) if self.config.encoder.layers else None
-        features = self.encoder(self.embedding(tokens), layout.position, mask)
+        features, _ = self.encoder(self.embedding(tokens), layout.position, mask)
         mean, log_variance = self.posterior(features).float().chunk(2, dim=-1)
         log_variance = (log_variance + self.config.initial_log_variance).clamp(-12.0, 4.0)
         return self.mean_norm(mean), log_variance, features
@@ -76,7 +76,7 @@ class TextVAE(nn.Module):
         """Raw (not standardised) latents `[rows, tokens, channels]` -> logits `[rows, tokens, vocab_size]`."""
         mask = make_mask(self.config.attention, layout) if self.config.decoder.layers else None
         hidden = self.latent_in(latents.to(self.latent_in.weight.dtype))
-        return self.unembedding(self.decoder(hidden, layout.position, mask))
+        return self.unembedding(self.decoder(hidden, layout.position, mask)[0])
 
     def standardise(self, latents: Tensor) -> Tensor:
         return (latents - self.latent_mean) / self.latent_std

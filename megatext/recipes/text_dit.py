@@ -20,7 +20,7 @@ from megatext.flow import objectives
 from megatext.flow.paths import Path as NoisePath
 from megatext.flow.paths import path_from_name
 from megatext.flow.timesteps import TimestepConfig
-from megatext.nn.attention import make_mask
+from megatext.nn.attention import KeysValues, Mask, make_mask
 from megatext.nn.blocks import initialise
 from megatext.nn.dit import TextDiT, TextDiTConfig
 from megatext.nn.layout import CONTEXT, TARGET, Layout
@@ -84,6 +84,15 @@ class PretrainDiTConfig(RunConfig):
     """The system."""
 
 
+@dataclass
+class History:
+    """The clean copy of two-stream training: latents `[rows, columns, channels]`, layout, block-causal mask."""
+
+    latents: Tensor
+    layout: Layout
+    mask: Mask
+
+
 class TextDiTTraining(nn.Module):
     """The denoiser with its loss: the one module the engine wraps."""
 
@@ -93,31 +102,34 @@ class TextDiTTraining(nn.Module):
 
     def forward(
         self, latents: Tensor, noise: Tensor, tokens: Tensor, timesteps: Tensor, timestep_index: Tensor,
-        layout: Layout, loss_mask: Tensor, predict: slice, self_condition: bool, mask: Any,
+        layout: Layout, mask: Mask, loss_mask: Tensor, self_condition: bool, history: "History | None" = None,
     ) -> Output:
-        """`latents` are the clean ones `[rows, columns, channels]`, `noise` like them, `tokens`, `timestep_index`,
-        `layout` `[rows, columns]`; `loss_mask` bool `[rows, predicted columns]`."""
+        """`latents` (clean) and `noise` float32 `[rows, columns, channels]`; `tokens`, `timestep_index`, `layout` and
+        `loss_mask` `[rows, columns]`; `history` the clean copy that two-stream training attends to."""
         t = timesteps[timestep_index]
         noisy = self.path.interpolate(latents, noise, t)
+        past = None
+        if history is not None:
+            # keys and values with gradient: the clean copy runs once, whatever is denoised beside it
+            _, past = self.network(history.latents, timesteps, torch.zeros_like(history.layout.position),
+                                   history.layout.position, torch.zeros_like(history.layout.real), history.mask,
+                                   predict=False)
         previous = None
         if self_condition:
             with torch.no_grad():
-                previous = torch.zeros_like(latents)
-                previous[:, predict] = self.x0(noisy[:, predict], t[:, predict], self._predict(
-                    noisy, timesteps, timestep_index, layout, predict, mask, None))
-        predicted = self._predict(noisy, timesteps, timestep_index, layout, predict, mask, previous)
-        per_token = self._loss_per_token(
-            predicted, noisy[:, predict], latents[:, predict], noise[:, predict], tokens[:, predict], t[:, predict]
-        )
-        total = (per_token * loss_mask).sum()
-        sums, counts = objectives.by_timestep_bin(per_token.detach(), t[:, predict], loss_mask, TIMESTEP_BINS)
+                first = self._predict(noisy, timesteps, timestep_index, layout, mask, past, None)
+                previous = self.x0(noisy, t, first)
+        predicted = self._predict(noisy, timesteps, timestep_index, layout, mask, past, previous)
+        per_token = self._loss_per_token(predicted, noisy, latents, noise, tokens, t)
+        sums, counts = objectives.by_timestep_bin(per_token.detach(), t, loss_mask, TIMESTEP_BINS)
         metrics = {f"loss_t{i}": (sums[i], counts[i]) for i in range(TIMESTEP_BINS)}
-        return Output(loss_sums={"flow": total}, metrics=metrics)
+        return Output({"flow": per_token.masked_fill(~loss_mask, 0.0).sum()}, metrics)
 
-    def _predict(self, noisy: Tensor, timesteps: Tensor, timestep_index: Tensor, layout: Layout, predict: slice,
-                 mask: Any, previous: Tensor | None) -> Tensor:
-        return self.network(noisy, timesteps, timestep_index, layout.position, layout.role != CONTEXT, mask,
-                            self_condition=previous, predict=predict).float()
+    def _predict(self, noisy: Tensor, timesteps: Tensor, timestep_index: Tensor, layout: Layout, mask: Mask,
+                 past: list[KeysValues] | None, previous: Tensor | None) -> Tensor:
+        target = layout.role != CONTEXT
+        return self.network(noisy, timesteps, timestep_index, layout.position, target, mask, self_condition=previous,
+                            past=past)[0].float()
 
     def logits(self, predicted: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         """Token logits, with the likelihood of the noisy latent added where the recipe says so."""
@@ -208,7 +220,7 @@ class TextDiTRecipe(Recipe):
         clean = Layout.of(batch.segment, batch.position, block_tokens=size)
         rows, columns = batch.tokens.shape
         mean, _, _ = self.vae.encode(batch.tokens, clean)
-        latents = self.vae.standardise(mean).repeat(1, 1 + copies, 1)
+        latents = self.vae.standardise(mean)
         boundary = torch.ones_like(batch.segment, dtype=torch.bool)
         boundary[:, 1:] = (clean.segment[:, 1:] != clean.segment[:, :-1]) | (clean.block[:, 1:] != clean.block[:, :-1])
         number = boundary.cumsum(dim=1) - 1  # running number of the block in its row
@@ -224,16 +236,17 @@ class TextDiTRecipe(Recipe):
             known.append((partial < self.flow.partial_block_probability) & (batch.position % size < length))
         timesteps, index = self._timesteps(draw, torch.cat(groups, dim=1), copies * columns)
         pinned = torch.cat(known, dim=1)
-        index = torch.cat((torch.zeros_like(batch.tokens), index.masked_fill(pinned, 0)), dim=1)
-        layout = Layout.concatenate([clean, *noisy])
+        layout = Layout.concatenate(noisy)
         return {
-            "latents": latents,
-            "noise": draw.normal("noise", tuple(latents.shape[1:]), latents.device),
-            "tokens": batch.tokens.repeat(1, 1 + copies),
-            "timesteps": timesteps, "timestep_index": index, "layout": layout,
-            "mask": make_mask("two_stream", layout),
-            "loss_mask": layout.real[:, columns:] & ~pinned,
-            "predict": slice(columns, None),
+            "latents": latents.repeat(1, copies, 1),
+            "noise": draw.normal("noise", (copies * columns, latents.shape[-1]), latents.device),
+            "tokens": batch.tokens.repeat(1, copies),
+            "timesteps": timesteps,
+            "timestep_index": index.masked_fill(pinned, 0),
+            "layout": layout,
+            "mask": make_mask("two_stream", layout, Layout.concatenate([clean, layout])),
+            "loss_mask": layout.real & ~pinned,
+            "history": History(latents, clean, make_mask("two_stream", clean)),
         }
 
     def _context_and_target(self, batch: TokenBatch, draw: "RowDraws") -> dict[str, Any]:
@@ -265,10 +278,11 @@ class TextDiTRecipe(Recipe):
             "latents": latents,
             "noise": draw.normal("noise", tuple(latents.shape[1:]), latents.device),
             "tokens": batch.tokens,
-            "timesteps": timesteps, "timestep_index": index.masked_fill(~is_target, 0), "layout": seen,
+            "timesteps": timesteps,
+            "timestep_index": index.masked_fill(~is_target, 0),
+            "layout": seen,
             "mask": make_mask("full", seen),
             "loss_mask": layout.real & is_target,
-            "predict": slice(None),
         }
 
     def preview(self, seed: int) -> list[str]:

@@ -1,6 +1,5 @@
 """TextVAE: reconstruction, KL with warm-up, REPA alignment to a frozen language model, noise-robust decoding."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from megatext import rng
 from megatext.config import ConfigError
 from megatext.data.packing import TokenBatch
+from megatext.data.shards import read_manifest
 from megatext.flow import objectives
 from megatext.nn.blocks import initialise
 from megatext.nn.layout import Layout
@@ -186,8 +186,11 @@ class TeacherStatistics:
         if directory is None:
             raise ConfigError("vae.repa_weight > 0 needs data.hidden_states (a directory written by "
                               "data_tools.extract_hidden_states)")
-        manifest = json.loads((Path(directory) / "manifest.json").read_text())
-        return TeacherStatistics(torch.tensor(manifest["mean"]), torch.tensor(manifest["std"]))
+        split = read_manifest(directory)["splits"].get("train")
+        if split is None:
+            raise ConfigError(f"{directory} has no states of the train split; extract them with "
+                              "`python -m data_tools.extract_hidden_states ... --split train`")
+        return TeacherStatistics(torch.tensor(split["mean"]), torch.tensor(split["std"]))
 
     def standardise(self, states: Tensor) -> Tensor:
         """float32, same shape."""

@@ -133,8 +133,9 @@ def save(
 
 
 def prune(run_dir: Path, keep_last: int) -> None:
-    """Delete the oldest checkpoints beyond `keep_last`. Rank 0 only."""
-    for path in list_checkpoints(run_dir)[:-keep_last]:
+    """Delete the oldest checkpoints beyond `keep_last`, and what killed processes left half-written. Rank 0 only."""
+    unfinished = (run_dir / "checkpoints").glob(".unfinished-*")
+    for path in (*list_checkpoints(run_dir)[:-keep_last], *unfinished):
         shutil.rmtree(path, ignore_errors=True)
 
 

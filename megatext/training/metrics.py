@@ -119,11 +119,12 @@ class Logger:
         new.replace(self.path)
 
     def record(self, step: int, figures: dict[str, float | int]) -> None:
-        """Append one object to metrics.jsonl and send it to wandb."""
+        """Append one object to metrics.jsonl and send it to wandb. What is not finite is written as null."""
         if not self.is_main:
             return
+        written = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **figures}) + "\n")
+            file.write(json.dumps({"step": step, **written}) + "\n")
         if self._wandb is not None:
             self._wandb.log(figures, step=step)
 

@@ -57,9 +57,10 @@ class OptimizerConfig:
 
 
 def is_muon_parameter(name: str, parameter: nn.Parameter) -> bool:
-    """Matrices inside blocks; embeddings, heads, norms and biases are AdamW's."""
+    """Matrices inside blocks; embeddings, heads, norms and biases are AdamW's, and adaLN's modulations too: they start
+    at zero, and orthogonalising them would cost a third of Muon's time."""
     dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-    return dimensions == 2 and ("blocks." in name or "layers." in name)
+    return dimensions == 2 and ("blocks." in name or "layers." in name) and "modulation" not in name
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig, *, muon_dtype: torch.dtype) -> "MuonAdamW":

@@ -129,6 +129,8 @@ class Trainer:
                 f"{config.data.shards}: the shards' tokenizer is not the one this model was made for; "
                 "shard the corpus with the model's tokenizer"
             )
+        self.probe = self.stream.batch(self.stream.plan(0), slice(0, 1))
+        self.held_out = self._read_held_out()  # now, so that a split that is too small ends the run at its start
         frozen = [name for name, parameter in recipe.module.named_parameters() if not parameter.requires_grad]
         if frozen:
             raise ConfigError(f"frozen parameters ({frozen[0]}, ...) belong into the recipe, not into its module")
@@ -286,7 +288,7 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Loss on fixed rows with fixed noise, by the raw and by the averaged weights, and previews. A collective."""
         figures: dict[str, float | int] = {}
-        batches = self._validation_batches()
+        batches = [batch.to(self.processes.device) for batch in self.held_out]
         if batches:
             figures |= {f"validation/{name}": value for name, value in self._evaluate(batches).items()}
         if self.ema is not None:
@@ -302,19 +304,18 @@ class Trainer:
             self.logger.say(f"step {self.step:>{len(str(self.config.max_steps))}} | " + " | ".join(losses))
         return figures
 
-    def _validation_batches(self) -> list[TokenBatch]:
-        count = self.config.training.validation_batches
-        if not hasattr(self, "_held_out"):
-            self._held_out: list[TokenBatch] = []
-            if count:
-                data = dataclasses.replace(self.config.data, split="validation")
-                stream = TokenStream(data, seed=0, rows_per_step=self.config.training.rows_per_step)
-                sample = 0
-                for _ in range(count):
-                    plan = stream.plan(sample)
-                    self._held_out += self._micro_batches(stream, plan)
-                    sample = plan.next_sample
-        return [batch.to(self.processes.device) for batch in self._held_out]
+    def _read_held_out(self) -> list[TokenBatch]:
+        """This rank's part of the validation batches, on the CPU."""
+        held_out: list[TokenBatch] = []
+        if self.config.training.validation_batches:
+            data = dataclasses.replace(self.config.data, split="validation")
+            stream = TokenStream(data, seed=0, rows_per_step=self.config.training.rows_per_step)
+            sample = 0
+            for _ in range(self.config.training.validation_batches):
+                plan = stream.plan(sample)
+                held_out += self._micro_batches(stream, plan)
+                sample = plan.next_sample
+        return held_out
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -487,10 +488,8 @@ class Trainer:
 
     def _probe_loss(self) -> float:
         """The loss on one small batch that is the same for all ranks and for the whole run. A collective."""
-        if not hasattr(self, "_probe"):
-            self._probe = self.stream.batch(self.stream.plan(0), slice(0, 1))
         with self._evaluating():
-            item = self.recipe.prepare(self._probe.to(self.processes.device), step=self.step, purpose="validation")
+            item = self.recipe.prepare(self.probe.to(self.processes.device), step=self.step, purpose="validation")
             output = self.engine(**item.inputs)
         counts = {name: count.double().clamp(min=1.0) for name, count in item.counts.items()}
         return float(total_loss(output, counts, self.recipe.loss_weights(self.step)))
@@ -503,12 +502,13 @@ class Trainer:
             self.logger.say(f"the run is finished: {checkpoint.checkpoint_path(self.run_dir, self.step)}")
             return finished
         figures = self.validate()
-        if self._held_out:
+        if self.held_out:
             with self.ema.swapped() if self.ema is not None else nullcontext(), self._evaluating():
-                measured = self.recipe.finish([batch.to(self.processes.device) for batch in self._held_out])
+                measured = self.recipe.finish([batch.to(self.processes.device) for batch in self.held_out])
             if measured:
                 figures |= measured
                 self.logger.record(self.step, dict(measured))
+                self.logger.say(" | ".join(f"{name} {value:.4f}" for name, value in measured.items()))
         path = self.save()
         if self.processes.is_main:
             done.write_text(json.dumps(figures, indent=1), encoding="utf-8")

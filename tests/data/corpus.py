@@ -1,6 +1,7 @@
 """A small shard directory for tests: documents whose tokens name their document and place."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,8 @@ EOS = 2
 def write_corpus(directory: Path, lengths: list[int], *, split: str = "train", per_shard: int = 7) -> list[np.ndarray]:
     """Shards of documents of the given lengths (eos counted); returns their tokens. Document d is d0, d1, ... eos."""
     directory.mkdir(parents=True, exist_ok=True)
-    documents, entries = [], []
+    documents: list[np.ndarray] = []
+    entries: list[dict[str, Any]] = []
     for first in range(0, len(lengths), per_shard):
         writer = ShardWriter(directory / f"{split}-{len(entries):06d}.tar")
         for d, length in enumerate(lengths[first : first + per_shard], first):

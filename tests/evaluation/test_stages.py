@@ -84,7 +84,7 @@ def test_run(
     )
     html = (output / "report.html").read_text()
     assert html.count("data:image/png;base64,") == 3 and "http" not in re.sub(r"base64,[^\"]+", "", html)
-    assert {path.name for path in (output / "plots").iterdir()} == {"quality.png", "losses.png", "reconstruction.png"}
+    assert {path.name for path in (output / "plots").iterdir()} == {"quality.png", "loss_vae.png", "reconstruction.png"}
     assert (output / "table.md").read_text().count("\n| ") == 7 and "rougeL" in (output / "table.csv").read_text()
     # Nothing is made again from the same inputs; per-sample scores can be compared in pairs.
     stamp = (output / "results.json").stat().st_mtime_ns

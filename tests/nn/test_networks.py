@@ -93,7 +93,7 @@ def test_adaln_zero_starts_as_the_identity() -> None:
     trunk = Trunk(SMALL, conditioned=True)
     initialise(trunk, lambda name, p: torch.randn(p.shape))
     x, index = torch.randn(1, 4, 16), torch.zeros(1, 4, dtype=torch.long)
-    out = trunk(x, torch.arange(4)[None], Mask(), (torch.randn(1, 16), index))
+    out, _ = trunk(x, torch.arange(4)[None], Mask(), (torch.randn(1, 16), index))
     torch.testing.assert_close(out, trunk.norm(x))
 
 
@@ -104,7 +104,7 @@ def test_activation_checkpointing_changes_nothing(every: int) -> None:
     for n in (0, every):
         trunk = Trunk(TrunkConfig(layers=3, width=16, heads=2, activation_checkpointing=n))
         fill(trunk)
-        loss = trunk(x, layout.position, make_mask("causal", layout)).square().sum()
+        loss = trunk(x, layout.position, make_mask("causal", layout))[0].square().sum()
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in trunk.parameters())])
     for a, b in zip(*results, strict=True):
@@ -128,8 +128,8 @@ def test_cached_blocks_equal_one_pass() -> None:
     x0, noisy = torch.randn(2, 1, tokens, 3).unbind()
     t = torch.tensor([0.0, 0.7])
     index = torch.cat((torch.zeros_like(position), torch.ones_like(position)), dim=1)
-    whole = network(torch.cat((x0, noisy), 1), t, index, both.position, both.role != CONTEXT,
-                    make_mask("two_stream", both), predict=slice(tokens, None))
+    whole, _ = network(torch.cat((x0, noisy), 1), t, index, both.position, both.role != CONTEXT,
+                       make_mask("two_stream", both))
     cache = KVCache(2, 1, 2, tokens, 8, dtype=torch.float32, device="cpu")
     slots = Layout.of(torch.full_like(position, -2), position, block_tokens=size)
     for start in range(0, tokens, size):
@@ -138,11 +138,12 @@ def test_cached_blocks_equal_one_pass() -> None:
         for role, values in ((TARGET, noisy), (CONTEXT, x0)):
             own = clean[part].with_role(role)
             mask = make_mask("two_stream", own, Layout.concatenate([slots, own]))
-            write = (own.position, torch.ones_like(own.position, dtype=torch.bool)) if role == CONTEXT else None
-            out = network(values[:, part], t, torch.full_like(own.position, int(role != CONTEXT)), own.position,
-                          own.role != CONTEXT, mask, cache=cache, write=write)
+            out, kept = network(values[:, part], t, torch.full_like(own.position, int(role != CONTEXT)), own.position,
+                                own.role != CONTEXT, mask, past=cache.of(torch.tensor([0])))
             if role == TARGET:
-                torch.testing.assert_close(out, whole[:, part], rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(out, whole[:, tokens:][:, part], rtol=1e-4, atol=1e-5)
+            else:
+                cache.write(kept, own.position, torch.ones_like(own.position, dtype=torch.bool))
 
 
 def test_token_local_latents_depend_on_the_token_alone() -> None:

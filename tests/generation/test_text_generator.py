@@ -1,0 +1,144 @@
+"""Generation: a text is a function of its own prompt, length and seed, and survives export."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatext.config import ConfigError
+from megatext.flow.timesteps import TimestepConfig
+from megatext.generation.sampling import SamplingConfig
+from megatext.generation.text_generator import TextGenerator
+from megatext.nn.blocks import TrunkConfig
+from megatext.nn.dit import TextDiTConfig
+from megatext.nn.text_vae import TextVAE, TextVAEConfig
+from megatext.recipes.pretrained import write_model
+from megatext.recipes.text_dit import FlowConfig, TextDiTRecipeConfig, make_module
+from megatext.tokenizer import load_tokenizer
+
+TRUNK = TrunkConfig(layers=2, width=16, heads=2)
+PROMPTS = ["the cat sat on the mat", "a", "", "and then it was very big and the dog ran"]
+LENGTHS = [9, 5, 12, 3]
+SYSTEMS = {
+    "blocks": (FlowConfig(objective="token_cross_entropy", block_tokens=4, token_likelihood=True,
+                          timesteps=TimestepConfig(location=1.0)), 0),
+    "blocks_velocity": (FlowConfig(objective="velocity", block_tokens=4), 0),
+    "one_shot": (FlowConfig(objective="velocity"), 2),
+    "one_shot_zeros": (FlowConfig(objective="velocity", null_condition="zeros"), 2),
+}
+
+
+def export(directory: Path, tokenizer: Path, name: str, causal: bool = False) -> Path:
+    """A model with random weights, exported."""
+    flow, encoder_layers = SYSTEMS[name]
+    torch.manual_seed(1)
+    network = TextDiTConfig(trunk=TRUNK, self_conditioning=True,
+                            output="tokens" if flow.objective == "token_cross_entropy" else "latent")
+    attention = "causal" if causal else "full"
+    vae_config = TextVAEConfig(latent_channels=6, encoder=replace(TRUNK, layers=2 if causal else encoder_layers),
+                               decoder=TRUNK, attention=attention)
+    vae = TextVAE(vae_config, load_tokenizer(tokenizer).vocab_size)
+    write_model(directory / "vae_source", "text_vae", vae_config, vae.state_dict(), tokenizer=tokenizer)
+    config = TextDiTRecipeConfig(vae=str(directory / "vae_source"), network=network, flow=flow)
+    module = make_module(config, vae)
+    weights = {n: torch.randn(p.shape) * 0.4 for n, p in module.network.state_dict().items()}
+    write_model(directory / "dit", "text_dit", config, weights, tokenizer=tokenizer, vae=directory / "vae_source")
+    return directory / "dit"
+
+
+@pytest.fixture(params=sorted(SYSTEMS))
+def generator(request: pytest.FixtureRequest, tmp_path: Path, tokenizer_directory: Path) -> TextGenerator:
+    return TextGenerator.from_pretrained(export(tmp_path, tokenizer_directory, request.param))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_a_text_does_not_depend_on_its_neighbours(generator: TextGenerator, guidance_scale: float) -> None:
+    sampling = SamplingConfig(steps=4, guidance_scale=guidance_scale)
+    seeds = [5, 6, 7, 8]
+    together = generator.generate(PROMPTS, target_tokens=LENGTHS, seeds=seeds, sampling=sampling)
+    for i in range(4):
+        alone = generator.generate([PROMPTS[i]], target_tokens=[LENGTHS[i]], seeds=[seeds[i]], sampling=sampling)
+        assert alone == [together[i]]
+    others = generator.generate(PROMPTS, target_tokens=LENGTHS, seeds=[9, 10, 11, 12], sampling=sampling)
+    assert others != together
+
+
+def test_streaming_gives_the_same_text(generator: TextGenerator) -> None:
+    sampling = SamplingConfig(steps=3)
+    pieces = list(generator.stream(PROMPTS[0], target_tokens=11, seed=4, sampling=sampling))
+    assert "".join(pieces) == generator.generate([PROMPTS[0]], target_tokens=[11], seeds=[4], sampling=sampling)[0]
+    assert len(pieces) == 1 if not generator.flow.block_tokens else len(pieces) > 1
+
+
+def test_heun_and_uniform_grids_run(generator: TextGenerator) -> None:
+    sampling = SamplingConfig(steps=3, solver="heun", grid="uniform")
+    assert len(generator.generate(["the"], target_tokens=[6], seeds=[0], sampling=sampling)) == 1
+
+
+def test_cached_generation_equals_the_whole_row(tmp_path: Path, tokenizer_directory: Path) -> None:
+    """A block is denoised as training saw it: two streams in one row, no cache, the same velocities."""
+    from megatext.nn.attention import make_mask
+    from megatext.nn.layout import CONTEXT, TARGET, Layout
+
+    for name, causal in (("blocks", False), ("blocks_velocity", True)):
+        generator = TextGenerator.from_pretrained(export(tmp_path / name, tokenizer_directory, name, causal))
+        prompt = generator.tokenizer.encode("the cat sat on the mat and the dog ran under the tree")[:10]
+        seen: list[torch.Tensor] = []
+        network = generator.module.network
+        handle = network.register_forward_hook(
+            lambda module, args, kwargs, output: seen.append(output[0]) if kwargs.get("predict", True) else None,
+            with_kwargs=True)
+        text = generator.tokenizer.decode(prompt)
+        assert generator.tokenizer.encode(text) == prompt
+        generator.generate([text], target_tokens=[2], seeds=[3], sampling=SamplingConfig(steps=1))
+        handle.remove()
+        tokens = torch.tensor([prompt + [0, 0]])
+        position = torch.arange(12)[None]
+        clean = Layout.of(torch.zeros_like(position), position, block_tokens=4)
+        both = Layout.concatenate([clean, clean.with_role(TARGET)])
+        latents = generator.latents_of(tokens, clean)
+        noise = torch.zeros_like(latents)
+        request = type("R", (), {"seed": 3})()
+        noise[:, 8:] = generator.noise([request], [8], (4, latents.shape[-1]), torch.device("cpu"))
+        noisy = torch.where(position[..., None] < 10, latents, noise)
+        index = torch.cat((torch.zeros_like(position), (position >= 10).long()), dim=1)
+        out, _ = network(torch.cat((latents, noisy), 1), torch.tensor([0.0, 1.0]), index, both.position,
+                         both.role != CONTEXT, make_mask("two_stream", both))
+        torch.testing.assert_close(out[:, 20:], seen[0], rtol=1e-4, atol=1e-4)
+
+
+def test_prompt_is_repainted_not_rewritten(tmp_path: Path, tokenizer_directory: Path) -> None:
+    """Lengths are counted from the end of the prompt, also where it ends inside a block."""
+    generator = TextGenerator.from_pretrained(export(tmp_path, tokenizer_directory, "blocks"))
+    for words in range(1, 6):
+        prompt = " ".join(["the", "cat", "sat", "on", "mat"][:words])
+        pieces = [p for (p,) in generator._pieces(
+            [type("R", (), {"prompt": generator.tokenizer.encode(prompt), "target_tokens": 7, "seed": 0})()],
+            SamplingConfig(steps=2))]
+        assert sum(len(p) for p in pieces) == 7
+
+
+def test_end_of_text_cuts(tmp_path: Path, tokenizer_directory: Path) -> None:
+    generator = TextGenerator.from_pretrained(export(tmp_path, tokenizer_directory, "blocks"))
+    eos = generator.tokenizer.eos_id
+    assert generator._cut([7, 8, eos, 9], SamplingConfig(length="eos")) == [7, 8]
+    assert generator._cut([7, 8, eos, 9], SamplingConfig()) == [7, 8, eos, 9]
+
+
+def test_another_vae_is_refused(tmp_path: Path, tokenizer_directory: Path) -> None:
+    directory = export(tmp_path, tokenizer_directory, "blocks")
+    weights = directory / "vae" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
+    with pytest.raises(ConfigError, match="not the VAE this model was trained on"):
+        TextGenerator.from_pretrained(directory)
+
+
+def test_clear_errors(tmp_path: Path, tokenizer_directory: Path) -> None:
+    with pytest.raises(ConfigError, match="export the model first"):
+        TextGenerator.from_pretrained(tmp_path)
+    generator = TextGenerator.from_pretrained(export(tmp_path, tokenizer_directory, "one_shot"))
+    with pytest.raises(ConfigError, match="temperature"):
+        generator.generate(["a"], target_tokens=[3], seeds=[0], sampling=SamplingConfig(temperature=0.5))
+    with pytest.raises(ValueError, match="one of each"):
+        generator.generate(["a", "b"], target_tokens=[3], seeds=[0])
