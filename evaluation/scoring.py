@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -40,7 +41,7 @@ class ScoreConfig:
     mauve_seeds: tuple[int, ...] = (25, 26, 27, 28, 29)
     """k-means seeds; 25 is mauve-text's own."""
     mauve_min_samples: int = 100
-    """MAUVE of fewer samples is refused: it says more of n than of the text."""
+    """MAUVE of fewer samples is refused: it measures n, not text."""
     bootstrap_draws: int = 10_000
     """Resamples for standard errors and intervals."""
     seed: int = 0
@@ -119,7 +120,7 @@ def score(
             timings[name] = round(time.perf_counter() - began, 2)
     results = {
         "schema_version": 1,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "evaluation", *sys.argv[1:]]),
         "inputs_hash": key,
         "manifest": {"hash": manifest.hash, **manifest.task, "n": len(manifest.samples)},
         "judge": {"directory": config.judge, "weights": judge_hash},
@@ -320,7 +321,7 @@ class _Scorer:
 
         if self.n < self.config.mauve_min_samples:
             self.notes.append(
-                f"MAUVE is not given: n = {self.n}, below {self.config.mauve_min_samples} it says more of n than of text."
+                f"MAUVE is not given: n = {self.n}, below {self.config.mauve_min_samples} it measures n, not text."
             )
             return
         if self.n < 1000:

@@ -138,7 +138,7 @@ def test_trained_by_the_launcher_and_loaded_by_transformers(shards: Path, tmp_pa
         env=os.environ | {"PATH": f"{launcher.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr

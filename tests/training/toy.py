@@ -158,7 +158,7 @@ def start(world: int, folder: Path, name: str, **overrides: object) -> "subproce
         for rank in range(world)
     ]
     try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -1,0 +1,72 @@
+"""Write with an exported model: python launch/generate.py --model DIR --prompt TEXT (without --prompt: a conversation)"""
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_origin
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatext.config import cli_errors  # noqa: E402
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Options of the call, and every field of SamplingConfig under its own name."""
+    from megatext.generation.sampling import SamplingConfig
+
+    parser = argparse.ArgumentParser(prog="launch/generate.py", allow_abbrev=False,
+                                     description="Continue a prompt with an exported model, block by block as it is written.")
+    parser.add_argument("--model", type=Path, required=True, help="directory written by launch/export.py")
+    parser.add_argument("--prompt", help='text to continue, "" for a passage from nothing; not given: asks for prompts')
+    parser.add_argument("--max_tokens", type=int, default=64, help="tokens to write (default 64)")
+    parser.add_argument("--samples", type=int, default=1, help="texts for each prompt")
+    parser.add_argument("--seed", type=int, default=0, help="of the first sample; the next ones follow")
+    parser.add_argument("--device", default=None, help="cpu, cuda, ...; default: a GPU where there is one")
+    for field in fields(SamplingConfig):
+        default: Any = field.default
+        if get_origin(field.type) is tuple or isinstance(default, tuple):
+            parser.add_argument(f"--{field.name}", type=float, nargs=2, default=default, metavar=("LOW", "HIGH"))
+        else:
+            parser.add_argument(f"--{field.name}", type=type(default), default=default, help=f"default {default}")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    """Load the model once, then write."""
+    options = parse_arguments(argv)
+    with cli_errors():
+        import torch
+
+        from megatext.config import ConfigError, from_dict
+        from megatext.generation import SamplingConfig, TextGenerator
+
+        given = {field.name: getattr(options, field.name) for field in fields(SamplingConfig)}
+        given = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+        sampling = from_dict(SamplingConfig, given, where="command line")
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if options.max_tokens < 1 or options.samples < 1:
+            raise ConfigError("--max_tokens and --samples must be at least 1")
+        generator = TextGenerator.from_pretrained(options.model, device=device)
+        if options.prompt is not None:
+            write(generator, options.prompt, options, sampling)
+        while options.prompt is None:
+            try:
+                prompt = input("prompt (ctrl-D ends)> ")
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return
+            write(generator, prompt, options, sampling)
+
+
+def write(generator: Any, prompt: str, options: argparse.Namespace, sampling: Any) -> None:
+    """Print the continuations of one prompt as they are written."""
+    for sample in range(options.samples):
+        print(prompt, end="", flush=True)
+        for piece in generator.stream(prompt, target_tokens=options.max_tokens, seed=options.seed + sample, sampling=sampling):
+            print(piece, end="", flush=True)
+        print("\n" if options.samples > 1 else "")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

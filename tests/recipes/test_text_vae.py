@@ -1,0 +1,122 @@
+"""TextVAE's losses against independent arithmetic, its statistics, its export."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatext import rng
+from megatext.config import ConfigError
+from megatext.nn.blocks import TrunkConfig, initialise
+from megatext.nn.layout import Layout
+from megatext.nn.text_vae import TextVAE, TextVAEConfig
+from megatext.recipes.pretrained import load_text_vae, write_model
+from megatext.recipes.text_vae import TeacherStatistics, TextVAERecipe, TextVAERecipeConfig, TextVAETraining
+from megatext.tokenizer import load_tokenizer
+from tests.recipes.rows import make_batch
+
+TRUNK = TrunkConfig(layers=1, width=16, heads=2)
+NETWORK = TextVAEConfig(latent_channels=6, encoder=TRUNK, decoder=TRUNK)
+
+
+def make_recipe(config: TextVAERecipeConfig, teacher: TeacherStatistics | None = None) -> TextVAERecipe:
+    """A recipe with random weights, without files."""
+    recipe = object.__new__(TextVAERecipe)
+    recipe.config, recipe.seed, recipe.teacher = config, 5, teacher
+    width = teacher.mean.numel() if teacher else 0
+    recipe.module = TextVAETraining(TextVAE(config.network, 60), config, width)
+    initialise(recipe.module, lambda name, p: torch.randn(p.shape, generator=rng.generator(0, name)))
+    return recipe
+
+
+def test_losses_are_sums_over_real_tokens() -> None:
+    recipe, batch = make_recipe(TextVAERecipeConfig(network=replace(NETWORK, latent_norm="none"), decoder_noise=0.5)), make_batch()
+    prepared = recipe.prepare(batch, step=0)
+    output = recipe.module(**prepared.inputs)
+    inputs, network = prepared.inputs, recipe.module.network
+    mean, log_variance, _ = network.encode(batch.tokens, inputs["layout"])
+    posterior = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
+    kl = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum(-1)
+    real = batch.segment >= 0
+    torch.testing.assert_close(output.loss_sums["kl"], kl[real].sum(), rtol=1e-4, atol=1e-3)
+    latents = posterior.mean + posterior.stddev * inputs["posterior_noise"]
+    s = inputs["noise_level"][..., None]
+    logits = network.decode((1 - s) * latents + s * inputs["decoder_noise"], inputs["layout"])
+    expected = torch.nn.functional.cross_entropy(logits[real], batch.tokens[real], reduction="sum")
+    torch.testing.assert_close(output.loss_sums["reconstruction"], expected, rtol=1e-4, atol=1e-3)
+    assert float(prepared.counts["kl"]) == float(real.sum())
+    assert 0 <= s.min() and s.max() <= 0.5 and s.flatten(1).unique().numel() > 4
+
+
+def test_kl_weight_is_warmed_up() -> None:
+    recipe = make_recipe(TextVAERecipeConfig(network=NETWORK, kl_weight=0.2, kl_warmup_steps=10))
+    weights = [recipe.loss_weights(step)["kl"] for step in (0, 4, 9, 100)]
+    assert weights == pytest.approx([0.02, 0.1, 0.2, 0.2])
+
+
+def test_truncation_shortens_segments_from_the_right_in_training_only() -> None:
+    recipe, batch = make_recipe(TextVAERecipeConfig(network=NETWORK, truncation=1.0)), make_batch(rows=16)
+    layout = recipe.prepare(batch, step=0).inputs["layout"]
+    kept = (layout.segment >= 0).sum() / (batch.segment >= 0).sum()
+    assert 0.3 < float(kept) < 0.75
+    for row in range(16):
+        for segment in (0, 1):
+            seen = layout.segment[row][batch.segment[row] == segment] == segment
+            assert seen[0] and (seen.long().diff() <= 0).all()
+    whole = recipe.prepare(batch, step=0, purpose="validation").inputs["layout"]
+    assert torch.equal(whole.segment, batch.segment)
+
+
+def test_repa_is_the_cosine_to_standardised_states() -> None:
+    statistics = TeacherStatistics(torch.randn(8), torch.rand(8) + 0.5)
+    recipe = make_recipe(TextVAERecipeConfig(network=NETWORK, repa_weight=1.0), statistics)
+    batch = make_batch()
+    with pytest.raises(ConfigError, match="extract_hidden_states"):
+        recipe.prepare(batch, step=0)
+    valid = (batch.segment == 0)
+    batch = replace(batch, hidden=torch.randn(*batch.tokens.shape, 8).bfloat16(), hidden_valid=valid)
+    prepared = recipe.prepare(batch, step=0)
+    output = recipe.module(**prepared.inputs)
+    _, _, features = recipe.module.network.encode(batch.tokens, prepared.inputs["layout"])
+    assert recipe.module.projector is not None
+    ours = torch.nn.functional.normalize(recipe.module.projector(features), dim=-1)
+    theirs = torch.nn.functional.normalize((batch.hidden.float() - statistics.mean) / statistics.std, dim=-1)
+    expected = (1 - (ours * theirs).sum(-1))[valid].sum()
+    torch.testing.assert_close(output.loss_sums["repa"], expected, rtol=1e-4, atol=1e-4)
+    assert float(prepared.counts["repa"]) == float(valid.sum())
+
+
+def test_finish_measures_the_latents_of_real_tokens() -> None:
+    recipe = make_recipe(TextVAERecipeConfig(network=replace(NETWORK, latent_norm="none")))
+    batches = [make_batch(seed=1), make_batch(seed=2)]
+    figures = recipe.finish(batches)
+    network = recipe.module.network
+    latents = torch.cat([
+        network.standardise(network.encode(b.tokens, Layout.of(b.segment, b.position))[0])[b.segment >= 0] for b in batches
+    ])
+    torch.testing.assert_close(latents.mean(0), torch.zeros(6), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents.std(0), torch.ones(6), atol=1e-3, rtol=0)
+    hits = [(network.decode(network.encode(b.tokens, layout)[0], layout).argmax(-1) == b.tokens)[layout.real]
+            for b in batches for layout in [Layout.of(b.segment, b.position)]]
+    assert figures["accuracy_at_0.0"] == pytest.approx(float(torch.cat(hits).double().mean()))
+
+
+def test_export_round_trip(tmp_path: Path, tokenizer_directory: Path) -> None:
+    vocab_size = load_tokenizer(tokenizer_directory).vocab_size
+    vae = TextVAE(NETWORK, vocab_size).eval()
+    vae.latent_mean.copy_(torch.randn(6))
+    write_model(tmp_path / "vae", "text_vae", NETWORK, vae.state_dict(), tokenizer=tokenizer_directory)
+    loaded, fingerprint = load_text_vae(tmp_path / "vae")
+    assert fingerprint == load_tokenizer(tokenizer_directory).fingerprint()
+    assert not any(p.requires_grad for p in loaded.parameters())
+    batch = make_batch()
+    layout = Layout.of(batch.segment, batch.position)
+    latents, _, _ = vae.encode(batch.tokens, layout)
+    assert torch.equal(loaded.encode(batch.tokens, layout)[0], latents)
+    assert torch.equal(loaded.decode(loaded.unstandardise(loaded.standardise(latents)), layout),
+                       vae.decode(vae.unstandardise(vae.standardise(latents)), layout))
+    with pytest.raises(ConfigError, match="not a text_dit"):
+        from megatext.recipes.pretrained import read_description
+
+        read_description(tmp_path / "vae", "text_dit")
