@@ -76,11 +76,11 @@ def docstrings(source: str) -> Iterator[tuple[int, str]]:
 # --- blocks: which lines are prose -------------------------------------------------------------------------------
 
 _PROSE_SECTIONS = frozenset(
-    "notes note explanation description overview introduction warning warnings details discussion summary background "  # noqa: SIM905
+    "notes note explanation description overview introduction warning warnings details discussion summary background "
     "motivation abstract tip important caution remarks".split()
 )
 _DEFINITION_SECTIONS = frozenset(
-    "parameters args arguments attributes kwargs returns return yields raises options inputs outputs".split()  # noqa: SIM905
+    "parameters args arguments attributes kwargs returns return yields raises options inputs outputs".split()
 ) | {"other parameters", "keyword arguments", "keyword args"}
 _ITEM = re.compile(r"^[\w*`., ]{1,60}(?:\(.*?\))?\s?:\s+([A-Z].*)$")
 _PLAIN_ITEM = re.compile(r"[A-Z][a-z]* [a-z](?!.* : )")
@@ -96,6 +96,10 @@ def _indent(line: str) -> int:
     return len(line) - len(line.lstrip())
 
 
+def _words(lines: list[str]) -> int:
+    return sum(len(line.split()) for line in lines)
+
+
 def _definitions(lines: list[str]) -> Iterator[list[str]]:
     """Descriptions of a section's items (`name : type` above deeper lines, or `name (type): text`), a block each."""
     body = textwrap.dedent("\n".join(lines)).split("\n")
@@ -104,7 +108,7 @@ def _definitions(lines: list[str]) -> Iterator[list[str]]:
     for line in [*body, "end"]:
         text = line.strip()
         if text and not line.startswith(" "):  # a new item
-            if sum(len(part.split()) for part in block) >= MIN_DEFINITION_WORDS:
+            if _words(block) >= MIN_DEFINITION_WORDS:
                 yield block
             item = _ITEM.match(line)
             if item:
@@ -113,7 +117,7 @@ def _definitions(lines: list[str]) -> Iterator[list[str]]:
                 block = [line] if _PLAIN_ITEM.match(line) else []
             skipping = False
         elif not text or _BULLET.match(line) or _DIRECTIVE.match(line) or text.startswith((">>>", "```")) or skipping:
-            if sum(len(part.split()) for part in block) >= MIN_DEFINITION_WORDS:
+            if _words(block) >= MIN_DEFINITION_WORDS:
                 yield block
             block, skipping = [], bool(text)
         else:
@@ -195,7 +199,10 @@ def _blocks(text: str) -> Iterator[list[str]]:
             if section and section.group(1).lower() in _DEFINITION_SECTIONS:
                 yield from _definitions(lines[start:number])
             elif field := _FIELD_TEXT.match(line):
-                yield [field.group(1), *(text.strip() for text in lines[start:number] if text.strip())]
+                block = [field.group(1), *(text.strip() for text in lines[start:number] if text.strip())]
+                if _words(block) >= MIN_DEFINITION_WORDS:
+                    yield block
+                block = []
             continue
         if stripped.startswith((">>>", "...", "$ ", "In [")) or (_indent(line) != base and not block):
             if _indent(line) < base:
@@ -240,7 +247,7 @@ _CODE_WORD = re.compile(r"\w_|_\w|\w\(|[\[\]=/+*%&]|[a-z][A-Z]|\w\.\w|\d[A-Za-z]
 _PLAIN_DOTS = re.compile(r"^\W*(?:e\.g|i\.e|a\.k\.a|U\.S|\d+(?:\.\d+)?|and/or)\W*$")
 _SENTENCE_END = re.compile(r"[.!?][\"')]*$")
 _COMMON = frozenset(
-    "the a an of to in is are be and or that this it for as with by on at from not if when which will can may should "  # noqa: SIM905
+    "the a an of to in is are be and or that this it for as with by on at from not if when which will can may should "
     "would was were has have had but its their they you your we our all any each one only then than so such there "
     "these those into no do does used use using".split()
 )
@@ -307,6 +314,6 @@ def read_file(relative: str, path: Path) -> list[tuple[str, int, list[str]]]:
     found = []
     for line, text in docstrings(source):
         prose = paragraphs(text)
-        if sum(len(p.split()) for p in prose) >= MIN_WORDS:
+        if _words(prose) >= MIN_WORDS:
             found.append((relative, line, prose))
     return found

@@ -16,7 +16,7 @@ from megatext.tokenizer import SENTENCEPIECE_FILE, SentencePieceTokenizer
 
 
 def sample_lines(inputs: list[str], *, megabytes: float, workers: int, fraction: float) -> list[str]:
-    """Lines of the inputs' documents, every k-th where they hold more than `megabytes`, in order."""
+    """Lines of the inputs' documents, evenly sampled where they hold more than `megabytes`, in order."""
     lines: list[str] = []
     stride, seen, held = 1, 0, 0
     for chunk in sources.read(inputs, workers=workers, fraction=fraction):
@@ -29,10 +29,8 @@ def sample_lines(inputs: list[str], *, megabytes: float, workers: int, fraction:
         while held > 2e6 * megabytes:  # thin out to every second line, and take every second from here on
             lines, stride = lines[::2], stride * 2
             held = sum(map(len, lines))
-    while held > 1e6 * megabytes * 1.05:
-        lines = lines[::2]
-        held = sum(map(len, lines))
-    return lines
+    surplus = max(1.0, held / (1e6 * megabytes))
+    return [lines[int(i * surplus)] for i in range(int(len(lines) / surplus))]
 
 
 def train(lines: list[str], vocab_size: int, *, threads: int = 1) -> SentencePieceTokenizer:
@@ -80,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vocab-size", type=int, default=4096, help="number of pieces, special ones included")
     parser.add_argument("--output", required=True, help="folder for tokenizer.model")
     parser.add_argument(
-        "--sample-megabytes", type=float, default=2.0, help="train on about this much evenly sampled text"
+        "--sample-megabytes", type=float, default=4.0, help="train on about this much evenly sampled text"
     )
     parser.add_argument(
         "--pydocs-fraction", type=float, default=0.25, help="share of the source files of pydocs: to look at"

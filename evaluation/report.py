@@ -192,23 +192,19 @@ def loss_plot(run: Path) -> bytes | None:
 
 
 def reconstruction_plot(runs: Sequence[Path]) -> bytes | None:
-    """Token accuracy of the autoencoder against noise, from each run's reconstruction.json (one object or a list)."""
-    curves: list[dict[str, Any]] = []
+    """Token accuracy of autoencoders against noise: `accuracy_at_S` in each run's finished.json."""
+    curves = {}
     for run in runs:
-        path = run / "reconstruction.json"
-        if path.exists():
-            found = json.loads(path.read_text())
-            for curve in found if isinstance(found, list) else [found]:
-                if len(curve.get("noise", [])) != len(curve.get("accuracy", [])) or not curve.get("noise"):
-                    raise DataError(f"{path}: needs `noise` and `accuracy`, two lists of one length")
-                curves.append({"label": run.name, **curve})
+        path = run / "finished.json"
+        figures = json.loads(path.read_text()) if path.exists() else {}
+        points = {float(k.removeprefix("accuracy_at_")): v for k, v in figures.items() if k.startswith("accuracy_at_")}
+        if points:
+            curves[run.name] = points
     if not curves:
         return None
     figure, ax = _figure()
-    for curve, color in zip(curves, _COLORS * 9, strict=False):
-        ax.plot(
-            curve["noise"], [100 * a for a in curve["accuracy"]], marker="o", ms=4, color=color, label=curve["label"]
-        )
+    for (name, points), color in zip(curves.items(), _COLORS * 9, strict=False):
+        ax.plot(list(points), [100 * a for a in points.values()], marker="o", ms=4, color=color, label=name)
     ax.axhline(90, color="#9aa3ad", lw=0.8, ls=":")
     ax.set(
         xlabel="share of noise in the latents", ylabel="tokens reconstructed, %", title="Reconstruction", ylim=(0, 102)

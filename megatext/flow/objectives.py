@@ -77,9 +77,12 @@ def token_log_likelihood(path: Path, z: Tensor, table: Tensor, t: Tensor, min_si
     is known in closed form where every token has one latent; the network is left with what context says.
     """
     alpha, sigma = path.alpha(t).float(), path.sigma(t).float().clamp(min=min_sigma)
-    scale = (alpha / sigma.square())[..., None]
+    precision = (alpha / sigma.square())[..., None]
     bias = (alpha.square() / (2 * sigma.square()))[..., None]
-    return (scale * z.float()) @ table.t() - bias * table.square().sum(-1)
+    # one matrix product: passes over [rows, tokens, vocab] are what this costs
+    left = torch.cat((precision * z.float(), -bias), dim=-1)
+    right = torch.cat((table, table.square().sum(-1, keepdim=True)), dim=-1)
+    return left @ right.t()
 
 
 def constant_predictor_error(path: Path, t: Tensor, target: Literal["velocity", "x0"]) -> Tensor:

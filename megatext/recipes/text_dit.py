@@ -111,7 +111,7 @@ class TextDiTTraining(nn.Module):
         past = None
         if history is not None:
             # keys and values with gradient: the clean copy runs once, whatever is denoised beside it
-            _, past = self.network(history.latents, timesteps, torch.zeros_like(history.layout.position),
+            _, past = self.network(history.latents, timesteps[:1], torch.zeros_like(history.layout.position),
                                    history.layout.position, torch.zeros_like(history.layout.real), history.mask,
                                    predict=False)
         previous = None
@@ -223,18 +223,20 @@ class TextDiTRecipe(Recipe):
         latents = self.vae.standardise(mean)
         boundary = torch.ones_like(batch.segment, dtype=torch.bool)
         boundary[:, 1:] = (clean.segment[:, 1:] != clean.segment[:, :-1]) | (clean.block[:, 1:] != clean.block[:, :-1])
-        number = boundary.cumsum(dim=1) - 1  # running number of the block in its row
+        # running number of the block in its row; many short segments share timesteps, so that the table stays small
+        blocks = -(-columns // size)
+        number = (boundary.cumsum(dim=1) - 1) % blocks
         dropped = draw.per_group("condition_dropout", columns, batch.segment) < self.flow.condition_dropout
         noisy, groups, known = [], [], []
         for copy in range(copies):
             # A dropped segment gets a number of its own: the clean copy, its history, is out of sight.
             segment = torch.where(dropped & clean.real, clean.segment + columns, clean.segment)
             noisy.append(replace(clean.with_role(TARGET + copy), segment=segment))
-            groups.append(copy * columns + number)
-            partial = draw.per_group(f"partial/{copy}", columns, number)
+            groups.append(copy * blocks + number)
+            partial = draw.per_group(f"partial/{copy}", blocks, number)
             length = (partial / max(self.flow.partial_block_probability, 1e-9) * size).long()
             known.append((partial < self.flow.partial_block_probability) & (batch.position % size < length))
-        timesteps, index = self._timesteps(draw, torch.cat(groups, dim=1), copies * columns)
+        timesteps, index = self._timesteps(draw, torch.cat(groups, dim=1), copies * blocks)
         pinned = torch.cat(known, dim=1)
         layout = Layout.concatenate(noisy)
         return {

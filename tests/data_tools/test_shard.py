@@ -16,7 +16,7 @@ from megatext.data import DataError
 from megatext.data.tar_index import TarIndex
 from megatext.tokenizer import load_tokenizer
 
-WORDS = "the a cat dog house river sees likes under over and then small green old new bird stone sings waits".split()  # noqa: SIM905
+WORDS = "the a cat dog house river sees likes under over and then small green old new bird stone sings waits".split()
 TEXTS = [" ".join(WORDS[(i * j + j * j) % len(WORDS)] for j in range(5 + i % 40)) + f". {i}\nend" for i in range(240)]
 
 

@@ -46,9 +46,7 @@ def training_run(tmp_path: Path) -> Path:
     directory.mkdir()
     lines = [{"step": i, "loss": 5 / (i + 1), "loss/kl": 0.1, "lr": 1.0} for i in range(60)]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (directory / "reconstruction.json").write_text(
-        json.dumps({"label": "VAE", "noise": [0, 0.5], "accuracy": [0.99, 0.9]})
-    )
+    (directory / "finished.json").write_text(json.dumps({"accuracy_at_0.0": 0.99, "accuracy_at_0.5": 0.9}))
     return directory
 
 
