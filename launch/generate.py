@@ -1,4 +1,4 @@
-"""Write with an exported model: python launch/generate.py --model DIR --prompt TEXT (without --prompt: a conversation)"""
+"""Write with an exported model: python launch/generate.py --model DIR --prompt TEXT (without --prompt it asks)"""
 
 import argparse
 import sys
@@ -8,15 +8,18 @@ from typing import Any, get_origin
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatext.config import cli_errors  # noqa: E402
+from megatext.config import cli_errors
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Options of the call, and every field of SamplingConfig under its own name."""
     from megatext.generation.sampling import SamplingConfig
 
-    parser = argparse.ArgumentParser(prog="launch/generate.py", allow_abbrev=False,
-                                     description="Continue a prompt with an exported model, block by block as it is written.")
+    parser = argparse.ArgumentParser(
+        prog="launch/generate.py",
+        allow_abbrev=False,
+        description="Continue a prompt with an exported model, block by block as it is written.",
+    )
     parser.add_argument("--model", type=Path, required=True, help="directory written by launch/export.py")
     parser.add_argument("--prompt", help='text to continue, "" for a passage from nothing; not given: asks for prompts')
     parser.add_argument("--max_tokens", type=int, default=64, help="tokens to write (default 64)")
@@ -63,7 +66,9 @@ def write(generator: Any, prompt: str, options: argparse.Namespace, sampling: An
     """Print the continuations of one prompt as they are written."""
     for sample in range(options.samples):
         print(prompt, end="", flush=True)
-        for piece in generator.stream(prompt, target_tokens=options.max_tokens, seed=options.seed + sample, sampling=sampling):
+        for piece in generator.stream(
+            prompt, target_tokens=options.max_tokens, seed=options.seed + sample, sampling=sampling
+        ):
             print(piece, end="", flush=True)
         print("\n" if options.samples > 1 else "")
 

@@ -45,5 +45,7 @@ def normal(
     device: str | torch.device = "cpu",
 ) -> torch.Tensor:
     """Standard normal float32 `[len(counters), *shape]`; row i depends on counters[i] alone."""
-    rows = [torch.randn(shape, generator=generator(seed, purpose, int(c), device=device), device=device) for c in counters]
+    rows = [
+        torch.randn(shape, generator=generator(seed, purpose, int(c), device=device), device=device) for c in counters
+    ]
     return torch.stack(rows) if rows else torch.empty((0, *shape), device=device)

@@ -135,7 +135,7 @@ class TanD(Path):
 
 
 def path_from_name(name: str) -> Path:
-    """"linear", or "tan-D" with a positive number, as in "tan-3"."""
+    """ "linear", or "tan-D" with a positive number, as in "tan-3"."""
     if name == "linear":
         return Linear()
     if name.startswith("tan-"):

@@ -45,17 +45,35 @@ def heun_step(path: Path, denoise: Denoise, z: Tensor, x0_hat: Tensor, t: Tensor
     return torch.where(match(t_next, z) > 0, heun, euler)
 
 
+def ancestral_step(path: Path, x0: Tensor, noise: Tensor, t_next: Tensor) -> Tensor:
+    """z at `t_next` from a *sampled* x0 and fresh noise [rows, tokens, channels].
+
+    If x0 is drawn from p(x0 | z), z at t_next has the right marginal whatever the size of the step (the
+    non-Markovian process of DDIM, arXiv 2010.02502, at its most stochastic). With an x0 that is a mean it would not.
+    """
+    return path.interpolate(x0, noise, t_next)
+
+
 def sample(
-    denoise: Denoise, path: Path, z: Tensor, grid: Tensor, method: Literal["euler", "heun"] = "euler"
+    denoise: Denoise,
+    path: Path,
+    z: Tensor,
+    grid: Tensor,
+    method: Literal["euler", "heun", "ancestral"] = "euler",
+    fresh_noise: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """Carry z from grid[0] to grid[-1]. Calls `denoise` with the scalar t of each step.
 
-    z: [rows, tokens, channels]; from pure noise grid[0] is 1. grid: [steps + 1], strictly descending.
+    z: [rows, tokens, channels]; from pure noise grid[0] is 1. grid: [steps + 1], strictly descending. The ancestral
+    method needs `fresh_noise` of z's shape, and a `denoise` that returns samples of x0.
     """
     for t, t_next in zip(grid[:-1].to(z.device), grid[1:].to(z.device), strict=True):
         x0_hat = denoise(z, t)
         if method == "heun":
             z = heun_step(path, denoise, z, x0_hat, t, t_next)
+        elif method == "ancestral":
+            assert fresh_noise is not None
+            z = ancestral_step(path, x0_hat, fresh_noise(), t_next)
         else:
             z = euler_step(path, z, x0_hat, t, t_next)
     return z

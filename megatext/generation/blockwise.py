@@ -6,15 +6,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from megatext.generation.noise import Noise, Request
 from megatext.generation.sampling import SamplingConfig
 from megatext.nn.attention import KVCache, make_mask
 from megatext.nn.layout import CONTEXT, PADDING, TARGET, Layout
 
 if TYPE_CHECKING:
-    from megatext.generation.text_generator import Request, TextGenerator
+    from megatext.generation.text_generator import TextGenerator
 
 
-def generate(generator: "TextGenerator", requests: "list[Request]", sampling: SamplingConfig) -> Iterator[list[list[int]]]:
+def generate(
+    generator: "TextGenerator", requests: "list[Request]", sampling: SamplingConfig
+) -> Iterator[list[list[int]]]:
     """Yields, for every request, the next piece of its target: the tokens of one block."""
     writer = _Writer(generator, requests, sampling)
     writer.read_prompts()
@@ -36,8 +39,15 @@ class _Writer:
         self.tokens = torch.zeros(len(requests), slots, dtype=torch.long, device=self.device)
         for row, request in enumerate(requests):
             self.tokens[row, : len(request.prompt)] = torch.tensor(request.prompt, dtype=torch.long)
-        self.cache = KVCache(trunk.layers, len(requests), trunk.heads, slots, trunk.width // trunk.heads,
-                             dtype=weight.dtype, device=self.device)
+        self.cache = KVCache(
+            trunk.layers,
+            len(requests),
+            trunk.heads,
+            slots,
+            trunk.width // trunk.heads,
+            dtype=weight.dtype,
+            device=self.device,
+        )
         self.committed = torch.zeros_like(self.known)
         self.slots = torch.arange(slots, device=self.device).expand(len(requests), slots)
 
@@ -84,14 +94,25 @@ class _Writer:
 
         def predict(z: Tensor, t: Tensor, previous: Tensor | None, conditional: bool) -> Tensor:
             z = torch.where(given[..., None], clean, z)
-            return network(z, torch.stack((torch.zeros_like(t), t)), index, own.position, torch.ones_like(given),
-                           with_history if conditional else alone, self_condition=previous,
-                           past=past if conditional else None)[0].float()
+            return network(
+                z,
+                torch.stack((torch.zeros_like(t), t)),
+                index,
+                own.position,
+                torch.ones_like(given),
+                with_history if conditional else alone,
+                self_condition=previous,
+                past=past if conditional else None,
+            )[0].float()
 
         chosen = [self.requests[i] for i in rows.tolist()]
-        z = self.generator.noise(chosen, start.tolist(), (self.size, clean.shape[-1]), self.device)
-        return self.generator.denoise(z, self.generator.grid(self.sampling).to(self.device), self.sampling,
-                                      lambda z, t, p: predict(z, t, p, True), lambda z, t, p: predict(z, t, p, False))
+        noise = Noise(chosen, start.tolist(), [(0, self.size)] * len(chosen), self.device)
+        return self.generator.denoise(
+            noise,
+            self.sampling,
+            lambda z, t, previous: predict(z, t, previous, True),
+            lambda z, t, previous: predict(z, t, previous, False),
+        )
 
     def _history(self, rows: Tensor) -> Layout:
         """Layout of the cache's slots; slots not yet written belong to nobody."""
@@ -108,11 +129,19 @@ class _Writer:
         segment = torch.where(keep, 0, PADDING)
         own = Layout.of(segment, position, torch.full_like(position, CONTEXT), self.size)
         mask = make_mask("two_stream", own, Layout.concatenate([self._history(every), own]), backend="dense")
-        latents = self._latents(every, self.tokens.gather(1, position), position)
+        tokens = self.tokens.gather(1, position)
+        latents = self._latents(every, tokens, position)
         index = torch.zeros_like(position)
         _, kept = self.generator.module.network(
-            latents, torch.zeros(1, device=self.device), index, position, torch.zeros_like(keep), mask,
-            past=self.cache.of(every), predict=False,
+            latents,
+            torch.zeros(1, device=self.device),
+            index,
+            position,
+            torch.zeros_like(keep),
+            mask,
+            tokens=tokens,
+            past=self.cache.of(every),
+            predict=False,
         )
         self.cache.write(kept, position, keep)
         self.committed = torch.maximum(self.committed, until)

@@ -6,15 +6,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from megatext.generation.noise import Noise, Request
 from megatext.generation.sampling import SamplingConfig
 from megatext.nn.attention import make_mask
 from megatext.nn.layout import CONTEXT, PADDING, TARGET, Layout
 
 if TYPE_CHECKING:
-    from megatext.generation.text_generator import Request, TextGenerator
+    from megatext.generation.text_generator import TextGenerator
 
 
-def generate(generator: "TextGenerator", requests: "list[Request]", sampling: SamplingConfig) -> Iterator[list[list[int]]]:
+def generate(
+    generator: "TextGenerator", requests: "list[Request]", sampling: SamplingConfig
+) -> Iterator[list[list[int]]]:
     """Yields once: the whole target of every request."""
     network, device = generator.module.network, generator.module.network.latent_in.weight.device
     lengths = [(len(r.prompt), len(r.prompt) + r.target_tokens) for r in requests]
@@ -38,14 +41,13 @@ def generate(generator: "TextGenerator", requests: "list[Request]", sampling: Sa
     def predict(z: Tensor, t: Tensor, previous: Tensor | None, conditional: bool) -> Tensor:
         z = torch.where(is_target[..., None], z, context if conditional else dropped)
         timesteps = torch.stack((torch.zeros_like(t), t))
-        return network(z, timesteps, is_target.long(), position, is_target, masks[conditional],
-                       self_condition=previous)[0].float()
+        return network(
+            z, timesteps, is_target.long(), position, is_target, masks[conditional], self_condition=previous
+        )[0].float()
 
-    z = torch.zeros_like(context)
-    for row, (request, (first, last)) in enumerate(zip(requests, lengths, strict=True)):
-        # Noise of the request's own length, so that padding to the longest does not change it.
-        z[row, first:last] = generator.noise([request], [0], (last - first, z.shape[-1]), device)[0]
-    final = generator.denoise(z, generator.grid(sampling).to(device), sampling,
-                              lambda z, t, p: predict(z, t, p, True), lambda z, t, p: predict(z, t, p, False))
+    noise = Noise(requests, [0] * len(requests), lengths, device)
+    final = generator.denoise(
+        noise, sampling, lambda z, t, p: predict(z, t, p, True), lambda z, t, p: predict(z, t, p, False)
+    )
     written = generator.tokens_of(final, alone)
     yield [written[row, first:last].tolist() for row, (first, last) in enumerate(lengths)]

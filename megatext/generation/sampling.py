@@ -10,8 +10,9 @@ class SamplingConfig:
 
     steps: int = 16
     """Solver steps, of a block or of the whole target."""
-    solver: Literal["euler", "heun"] = "euler"
-    """Heun costs two network calls a step."""
+    solver: Literal["euler", "heun", "ancestral"] = "euler"
+    """Heun costs two network calls a step. `ancestral` draws a token from every step's distribution and adds fresh
+    noise to its latent: right in few steps where the ODE is not, for models that end in token logits."""
     grid: Literal["quantile", "uniform"] = "quantile"
     """Timesteps at the quantiles of the training distribution, or evenly spaced."""
     temperature: float = 1.0

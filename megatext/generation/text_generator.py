@@ -1,18 +1,16 @@
 """Prompts in, text out: one door for every system."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatext import rng
 from megatext.config import ConfigError, from_dict
-from megatext.flow import guidance
+from megatext.flow import guidance, objectives
 from megatext.flow.solvers import sample
+from megatext.generation.noise import Noise, Request, draw_tokens
 from megatext.generation.sampling import SamplingConfig
 from megatext.nn.layout import Layout
 from megatext.nn.text_vae import TextVAE
@@ -20,14 +18,8 @@ from megatext.recipes.pretrained import load_text_vae, read_description, weights
 from megatext.recipes.text_dit import TextDiTRecipe, TextDiTRecipeConfig, TextDiTTraining, make_module
 from megatext.tokenizer import Tokenizer, load_tokenizer
 
-
-@dataclass(frozen=True)
-class Request:
-    """Token ids of a prompt, how many to generate after it, and the seed of its noise."""
-
-    prompt: list[int]
-    target_tokens: int
-    seed: int
+Predictor = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(z, t, self-condition) -> the network's prediction."""
 
 
 class TextGenerator:
@@ -39,7 +31,9 @@ class TextGenerator:
         self.flow = module.flow
 
     @staticmethod
-    def from_pretrained(directory: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "TextGenerator":
+    def from_pretrained(
+        directory: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "TextGenerator":
         """Load an exported model. Raises ConfigError if the directory is not one, or its VAE is another."""
         description = read_description(directory, "text_dit")
         config = from_dict(TextDiTRecipeConfig, description["config"], where=f"{directory}/config.json")
@@ -66,16 +60,22 @@ class TextGenerator:
 
         Raises ValueError where the lists differ in length, ConfigError where the sampling does not fit the model."""
         if not len(prompts) == len(target_tokens) == len(seeds):
-            raise ValueError(f"{len(prompts)} prompts, {len(target_tokens)} lengths, {len(seeds)} seeds: give one of each")
+            raise ValueError(
+                f"{len(prompts)} prompts, {len(target_tokens)} lengths, {len(seeds)} seeds: give one of each"
+            )
         sampling = sampling or SamplingConfig()
-        requests = [Request(self.tokenizer.encode(p), n, s) for p, n, s in zip(prompts, target_tokens, seeds, strict=True)]
+        requests = [
+            Request(self.tokenizer.encode(p), n, s) for p, n, s in zip(prompts, target_tokens, seeds, strict=True)
+        ]
         texts = [[] for _ in requests]  # type: list[list[int]]
         for pieces in self._pieces(requests, sampling):
             for text, piece in zip(texts, pieces, strict=True):
                 text.extend(piece)
         return [self.tokenizer.decode(self._cut(text, sampling)) for text in texts]
 
-    def stream(self, prompt: str, *, target_tokens: int, seed: int = 0, sampling: SamplingConfig | None = None) -> Iterator[str]:
+    def stream(
+        self, prompt: str, *, target_tokens: int, seed: int = 0, sampling: SamplingConfig | None = None
+    ) -> Iterator[str]:
         """The continuation of one prompt, block by block as it is written (all at once for a one-shot model)."""
         sampling = sampling or SamplingConfig()
         request = Request(self.tokenizer.encode(prompt), target_tokens, seed)
@@ -100,6 +100,8 @@ class TextGenerator:
 
         if sampling.temperature != 1.0 and self.flow.objective != "token_cross_entropy":
             raise ConfigError("temperature needs a model that ends in token logits (objective token_cross_entropy)")
+        if sampling.solver == "ancestral" and self.flow.objective != "token_cross_entropy":
+            raise ConfigError("the ancestral solver needs a model that ends in token logits (token_cross_entropy)")
         training = self.module.training
         self.module.eval()
         try:
@@ -107,32 +109,44 @@ class TextGenerator:
         finally:
             self.module.train(training)
 
-    def denoise(self, z: Tensor, grid: Tensor, sampling: SamplingConfig, conditional: Any, unconditional: Any) -> Tensor:
-        """Carry z to t = 0 and return x0 as the model last saw it, `[rows, columns, channels]`, together with the
-        token logits where the model has them. `conditional` and `unconditional` are functions (z, t) -> prediction."""
+    def denoise(
+        self, noise: Noise, sampling: SamplingConfig, conditional: Predictor, unconditional: Predictor
+    ) -> Tensor:
+        """From pure noise to what the model last saw at the clean end: token ids `[rows, columns]` where the model
+        ends in logits, latents `[rows, columns, channels]` where it does not."""
+        channels = self.vae.config.latent_channels
+        grid = self.flow.timesteps.inference_grid(sampling.steps, sampling.grid).to(self.device)
+        table, feeds_back = self.module.table, self.module.network.config.self_conditioning
         last: dict[str, Tensor] = {}
 
         def x0(z: Tensor, t: Tensor) -> Tensor:
-            previous = last.get("x0") if self.module.network.config.self_conditioning else None
+            previous = last.get("x0") if feeds_back else None
             predicted = conditional(z, t, previous)
             if guidance.active(float(t), sampling.guidance_scale, sampling.guidance_interval):
                 predicted = guidance.combine(predicted, unconditional(z, t, previous), sampling.guidance_scale)
             every = t.expand(z.shape[:2])
-            last["x0"] = self.module.x0(z, every, predicted, sampling.temperature)
-            if self.flow.objective == "token_cross_entropy":
-                last["logits"] = self.module.logits(predicted, z, every)
-            return last["x0"]
+            if table is None:
+                last["x0"] = last["final"] = self.module.x0(z, every, predicted)
+                return last["x0"]
+            logits = self.module.logits(predicted, z, every)
+            last["x0"] = objectives.expected_latent(logits, table, sampling.temperature)
+            if sampling.solver != "ancestral":
+                last["final"] = logits.argmax(dim=-1)
+                return last["x0"]
+            last["final"] = draw_tokens(logits, sampling.temperature, noise.uniform())
+            return table[last["final"]]
 
-        last["x0"] = sample(x0, self.module.path, z, grid, sampling.solver)
-        return last.get("logits", last["x0"])
+        sample(x0, self.module.path, noise.normal(channels), grid, sampling.solver, lambda: noise.normal(channels))
+        return last["final"]
 
-    def grid(self, sampling: SamplingConfig) -> Tensor:
-        return self.flow.timesteps.inference_grid(sampling.steps, sampling.grid)
+    @property
+    def device(self) -> torch.device:
+        return self.module.network.latent_in.weight.device
 
     def tokens_of(self, final: Tensor, layout: Layout) -> Tensor:
-        """Token ids `[rows, columns]` of what `denoise` returned: the likeliest token, or the VAE's decoding."""
-        if self.flow.objective == "token_cross_entropy":
-            return final.argmax(dim=-1)
+        """Token ids `[rows, columns]` of what `denoise` returned: themselves, or the VAE's decoding of latents."""
+        if self.module.table is not None:
+            return final
         return self.vae.decode(self.vae.unstandardise(final), layout).argmax(dim=-1)
 
     def latents_of(self, tokens: Tensor, layout: Layout) -> Tensor:
@@ -140,8 +154,3 @@ class TextGenerator:
         if self.module.table is not None:
             return self.module.table[tokens]
         return self.vae.standardise(self.vae.encode(tokens, layout)[0])
-
-    def noise(self, requests: list[Request], block: list[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
-        """Standard normal `[rows, *shape]`: row r from (seed, block) of its request alone."""
-        rows = [rng.normal(r.seed, "generation", [b], shape, device) for r, b in zip(requests, block, strict=True)]
-        return torch.cat(rows)

@@ -25,9 +25,7 @@ class Mask:
     block: Any = None
 
 
-def make_mask(
-    rule: AttentionRule, query: Layout, key: Layout | None = None, *, backend: Backend = "auto"
-) -> Mask:
+def make_mask(rule: AttentionRule, query: Layout, key: Layout | None = None, *, backend: Backend = "auto") -> Mask:
     """The mask of a rule. `auto` is FlexAttention on CUDA (skips empty tiles; needs rows of >= 128 tokens to pay)
     and the dense mask elsewhere (FlexAttention has no backward on CPU)."""
     key = query if key is None else key
@@ -78,8 +76,17 @@ class KVCache:
     Slot p of a row holds the token at position p, so rows of different lengths need no padding to the longest:
     the attention rule leaves out slots that are not yet written (their block is not before the query's)."""
 
-    def __init__(self, layers: int, rows: int, heads: int, slots: int, head_width: int, *, dtype: torch.dtype,
-                 device: torch.device | str) -> None:
+    def __init__(
+        self,
+        layers: int,
+        rows: int,
+        heads: int,
+        slots: int,
+        head_width: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
         shape = (layers, rows, heads, slots, head_width)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)

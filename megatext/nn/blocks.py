@@ -33,6 +33,9 @@ class TrunkConfig:
     """RMS-normalise queries and keys: keeps attention logits bounded in bf16."""
     rope_theta: float = 10_000.0
     """Base of the rotary embedding."""
+    initial_gate: float = 0.0
+    """Gates of adaLN at initialisation. 0 is adaLN-zero; 1 starts as a plain pre-norm block, which short runs need:
+    gates open slowly."""
     activation_checkpointing: int = 0
     """Recompute every n-th block in the backward pass; 0 keeps all activations."""
 
@@ -80,7 +83,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """width -> ratio * width -> width with GELU (the erf form is four times faster than the tanh form on CPU in bf16) or SwiGLU."""
+    """width -> ratio * width -> width, GELU (erf form: in bf16 on CPU four times faster than tanh) or SwiGLU."""
 
     def __init__(self, config: TrunkConfig) -> None:
         super().__init__()
@@ -106,6 +109,7 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config, config.width, affine=not conditioned)
         self.mlp = MLP(config)
         self.modulation = nn.Linear(config.width, 6 * config.width) if conditioned else None
+        self.initial_gate = config.initial_gate
 
     def forward(
         self,
@@ -201,3 +205,6 @@ def initialise(module: nn.Module, draw: Callable[[str, Tensor], Tensor]) -> None
                 if kind in ("out", "down"):
                     scale /= math.sqrt(2 * layers)
                 parameter.copy_(draw(name, parameter) * scale)
+        for part in module.modules():
+            if isinstance(part, Block) and part.modulation is not None:
+                part.modulation.bias.view(6, -1)[[2, 5]] = part.initial_gate  # gate_a, gate_m

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from megatext.config import ConfigError
 from megatext.nn.attention import KeysValues, Mask
 from megatext.nn.blocks import TimestepEmbedding, Trunk, TrunkConfig
 
@@ -23,6 +24,9 @@ class TextDiTConfig:
     """`latent` predicts a velocity or x0; `tokens` ends in logits, whose expected latent is x0 (CDCD)."""
     self_conditioning: bool = False
     """Feed the previous x0 estimate back in (Analog Bits, arXiv 2208.04202)."""
+    token_embedding: bool = False
+    """Clean tokens enter by a learned embedding beside their latents, tied to the token head: frozen latents say
+    which token it is, not what it means. Needs output: tokens."""
     role_embedding: bool = True
     """A learned vector that tells target from context; without it only the timestep does."""
 
@@ -41,7 +45,15 @@ class TextDiT(nn.Module):
         conditioned = config.time_conditioning == "adaln"
         self.timestep = TimestepEmbedding(width) if conditioned else None
         self.trunk = Trunk(config.trunk, conditioned)
-        self.head = nn.Linear(width, vocab_size if config.output == "tokens" else latent_channels)
+        self.token_embedding: nn.Embedding | None = None
+        if config.token_embedding:
+            if config.output != "tokens":
+                raise ConfigError("network.token_embedding is tied to the token head: it needs output: tokens")
+            self.token_embedding = nn.Embedding(vocab_size, width)
+            self.head = nn.Linear(width, vocab_size, bias=False)
+            self.head.weight = self.token_embedding.weight
+        else:
+            self.head = nn.Linear(width, vocab_size if config.output == "tokens" else latent_channels)
 
     def forward(
         self,
@@ -53,18 +65,21 @@ class TextDiT(nn.Module):
         mask: Mask,
         *,
         self_condition: Tensor | None = None,
+        tokens: Tensor | None = None,
         past: Sequence[KeysValues] | None = None,
         predict: bool = True,
     ) -> tuple[Tensor, list[KeysValues]]:
         """latents `[rows, tokens, channels]`; `timesteps [distinct]` float32 and `timestep_index [rows, tokens]` into
-        it; `position [rows, tokens]`; `target` bool `[rows, tokens]` (to be generated); `past` keys and values of
-        tokens before these. Returns the prediction `[rows, tokens, channels or vocab_size]` (without `predict` the
+        it; `position [rows, tokens]`; `target` bool `[rows, tokens]` (to be generated); `tokens` int64
+        `[rows, tokens]` where these are known (history); `past` keys and values of tokens before these. Returns the prediction `[rows, tokens, channels or vocab_size]` (without `predict` the
         trunk's output) and the tokens' own keys and values."""
         if self.config.self_conditioning:
             # context has no estimate: its latents are known
             previous = torch.zeros_like(latents) if self_condition is None else self_condition * target[..., None]
             latents = torch.cat((latents, previous), dim=-1)
         x = self.latent_in(latents.to(self.latent_in.weight.dtype))
+        if self.token_embedding is not None and tokens is not None:
+            x = x + self.token_embedding(tokens) * self.config.trunk.width**0.5
         if self.role is not None:
             x = x + self.role(target.long())
         condition = (self.timestep(timesteps), timestep_index) if self.timestep is not None else None

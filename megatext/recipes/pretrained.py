@@ -22,8 +22,9 @@ def weights_hash(directory: str | Path) -> str:
     return digest.hexdigest()
 
 
-def write_model(output: Path, kind: str, config: Any, weights: dict[str, Tensor], *, tokenizer: Path,
-                vae: Path | None = None) -> None:
+def write_model(
+    output: Path, kind: str, config: Any, weights: dict[str, Tensor], *, tokenizer: Path, vae: Path | None = None
+) -> None:
     """Write a self-contained model directory; `vae` is copied into it and its hash recorded."""
     output.mkdir(parents=True, exist_ok=True)
     loaded = load_tokenizer(tokenizer)
@@ -40,8 +41,10 @@ def read_description(directory: str | Path, kind: str) -> dict[str, Any]:
     """config.json of an exported model, checked to be of a kind."""
     path = Path(directory) / "config.json"
     if not path.is_file():
-        raise ConfigError(f"{path} does not exist: export the model first, with "
-                          f"`python launch/export.py --run RUN --output {directory}`")
+        raise ConfigError(
+            f"{path} does not exist: export the model first, with "
+            f"`python launch/export.py --run RUN --output {directory}`"
+        )
     description = json.loads(path.read_text())
     if description.get("kind") != kind:
         raise ConfigError(f"{path} describes a {description.get('kind', 'Hugging Face model')}, not a {kind}")

@@ -86,8 +86,9 @@ class PretrainDiTConfig(RunConfig):
 
 @dataclass
 class History:
-    """The clean copy of two-stream training: latents `[rows, columns, channels]`, layout, block-causal mask."""
+    """The clean copy of two-stream training: tokens, latents `[rows, columns, channels]`, layout, block-causal mask."""
 
+    tokens: Tensor
     latents: Tensor
     layout: Layout
     mask: Mask
@@ -101,8 +102,17 @@ class TextDiTTraining(nn.Module):
         self.network, self.flow, self.path, self.table = network, flow, path, table
 
     def forward(
-        self, latents: Tensor, noise: Tensor, tokens: Tensor, timesteps: Tensor, timestep_index: Tensor,
-        layout: Layout, mask: Mask, loss_mask: Tensor, self_condition: bool, history: "History | None" = None,
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        tokens: Tensor,
+        timesteps: Tensor,
+        timestep_index: Tensor,
+        layout: Layout,
+        mask: Mask,
+        loss_mask: Tensor,
+        self_condition: bool,
+        history: "History | None" = None,
     ) -> Output:
         """`latents` (clean) and `noise` float32 `[rows, columns, channels]`; `tokens`, `timestep_index`, `layout` and
         `loss_mask` `[rows, columns]`; `history` the clean copy that two-stream training attends to."""
@@ -111,9 +121,16 @@ class TextDiTTraining(nn.Module):
         past = None
         if history is not None:
             # keys and values with gradient: the clean copy runs once, whatever is denoised beside it
-            _, past = self.network(history.latents, timesteps[:1], torch.zeros_like(history.layout.position),
-                                   history.layout.position, torch.zeros_like(history.layout.real), history.mask,
-                                   predict=False)
+            _, past = self.network(
+                history.latents,
+                timesteps[:1],
+                torch.zeros_like(history.layout.position),
+                history.layout.position,
+                torch.zeros_like(history.layout.real),
+                history.mask,
+                tokens=history.tokens,
+                predict=False,
+            )
         previous = None
         if self_condition:
             with torch.no_grad():
@@ -125,11 +142,20 @@ class TextDiTTraining(nn.Module):
         metrics = {f"loss_t{i}": (sums[i], counts[i]) for i in range(TIMESTEP_BINS)}
         return Output({"flow": per_token.masked_fill(~loss_mask, 0.0).sum()}, metrics)
 
-    def _predict(self, noisy: Tensor, timesteps: Tensor, timestep_index: Tensor, layout: Layout, mask: Mask,
-                 past: list[KeysValues] | None, previous: Tensor | None) -> Tensor:
+    def _predict(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        timestep_index: Tensor,
+        layout: Layout,
+        mask: Mask,
+        past: list[KeysValues] | None,
+        previous: Tensor | None,
+    ) -> Tensor:
         target = layout.role != CONTEXT
-        return self.network(noisy, timesteps, timestep_index, layout.position, target, mask, self_condition=previous,
-                            past=past)[0].float()
+        return self.network(
+            noisy, timesteps, timestep_index, layout.position, target, mask, self_condition=previous, past=past
+        )[0].float()
 
     def logits(self, predicted: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         """Token logits, with the likelihood of the noisy latent added where the recipe says so."""
@@ -145,8 +171,9 @@ class TextDiTTraining(nn.Module):
             return objectives.expected_latent(self.logits(predicted, noisy, t), self.table, temperature)
         return self.path.x0_from_velocity(noisy, predicted, t) if self.flow.objective == "velocity" else predicted
 
-    def _loss_per_token(self, predicted: Tensor, noisy: Tensor, latents: Tensor, noise: Tensor, tokens: Tensor,
-                        t: Tensor) -> Tensor:
+    def _loss_per_token(
+        self, predicted: Tensor, noisy: Tensor, latents: Tensor, noise: Tensor, tokens: Tensor, t: Tensor
+    ) -> Tensor:
         """float32 `[rows, columns]`: nats of a token, or squared error averaged over channels."""
         if self.flow.objective == "token_cross_entropy":
             logits = self.logits(predicted, noisy, t)
@@ -160,14 +187,20 @@ def make_module(config: TextDiTRecipeConfig, vae: TextVAE) -> TextDiTTraining:
     flow, network = config.flow, config.network
     tokens_out = network.output == "tokens"
     if (flow.objective == "token_cross_entropy") != tokens_out:
-        raise ConfigError(f"dit.network.output is {network.output!r} but dit.flow.objective is {flow.objective!r}: "
-                          "token_cross_entropy needs output: tokens, the others output: latent")
+        raise ConfigError(
+            f"dit.network.output is {network.output!r} but dit.flow.objective is {flow.objective!r}: "
+            "token_cross_entropy needs output: tokens, the others output: latent"
+        )
     if tokens_out and not vae.token_local:
-        raise ConfigError("dit.flow.objective token_cross_entropy needs a VAE with a token-local encoder "
-                          "(vae.network.encoder.layers: 0): a contextual one has no latent per token")
+        raise ConfigError(
+            "dit.flow.objective token_cross_entropy needs a VAE with a token-local encoder "
+            "(vae.network.encoder.layers: 0): a contextual one has no latent per token"
+        )
     if flow.block_tokens and not vae.token_local and vae.config.attention == "full":
-        raise ConfigError("dit.flow.block_tokens needs a VAE with a token-local or (block-)causal encoder: the latents "
-                          "of a bidirectional one tell the history what comes after it")
+        raise ConfigError(
+            "dit.flow.block_tokens needs a VAE with a token-local or (block-)causal encoder: the latents "
+            "of a bidirectional one tell the history what comes after it"
+        )
     if flow.token_likelihood and not tokens_out:
         raise ConfigError("dit.flow.token_likelihood adds to token logits: it needs objective token_cross_entropy")
     if flow.self_conditioning_probability > 0 and not network.self_conditioning:
@@ -187,7 +220,9 @@ class TextDiTRecipe(Recipe):
         self.vae_directory = Path(config.dit.vae)
         self.vae, self.tokenizer_fingerprint = load_text_vae(self.vae_directory)
         self.module = make_module(config.dit, self.vae)
-        initialise(self.module, lambda name, p: torch.randn(p.shape, generator=rng.generator(self.seed, f"init/{name}")))
+        initialise(
+            self.module, lambda name, p: torch.randn(p.shape, generator=rng.generator(self.seed, f"init/{name}"))
+        )
 
     def to(self, device: torch.device) -> None:
         self.vae.to(device)
@@ -248,7 +283,7 @@ class TextDiTRecipe(Recipe):
             "layout": layout,
             "mask": make_mask("two_stream", layout, Layout.concatenate([clean, layout])),
             "loss_mask": layout.real & ~pinned,
-            "history": History(latents, clean, make_mask("two_stream", clean)),
+            "history": History(batch.tokens, latents, clean, make_mask("two_stream", clean)),
         }
 
     def _context_and_target(self, batch: TokenBatch, draw: "RowDraws") -> dict[str, Any]:
@@ -268,13 +303,19 @@ class TextDiTRecipe(Recipe):
         sample = mean + (0.5 * log_variance).exp() * posterior
         is_target = role == TARGET
         latents = self.vae.standardise(torch.where(is_target[..., None], sample, mean))
-        dropped = (draw.per_group("condition_dropout", columns, batch.segment) < self.flow.condition_dropout) & ~is_target
+        dropped = (
+            draw.per_group("condition_dropout", columns, batch.segment) < self.flow.condition_dropout
+        ) & ~is_target
         seen = layout
         if self.flow.null_condition == "zeros":
             latents = latents.masked_fill(dropped[..., None], 0.0)
         else:
-            seen = Layout(torch.where(dropped & layout.real, layout.segment + columns, layout.segment),
-                          layout.position, layout.role, layout.block)
+            seen = Layout(
+                torch.where(dropped & layout.real, layout.segment + columns, layout.segment),
+                layout.position,
+                layout.role,
+                layout.block,
+            )
         timesteps, index = self._timesteps(draw, batch.segment.clamp(min=0), columns)
         return {
             "latents": latents,

@@ -67,8 +67,14 @@ class TextVAETraining(nn.Module):
             self.projector = nn.Sequential(*hidden, last) if config.repa_projector == "mlp" else last
 
     def forward(
-        self, tokens: Tensor, layout: Layout, posterior_noise: Tensor, decoder_noise: Tensor, noise_level: Tensor,
-        teacher: Tensor | None, teacher_mask: Tensor | None,
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        posterior_noise: Tensor,
+        decoder_noise: Tensor,
+        noise_level: Tensor,
+        teacher: Tensor | None,
+        teacher_mask: Tensor | None,
     ) -> Output:
         """`tokens` int64 and `noise_level` float32 `[rows, columns]`, both noises `[rows, columns, channels]`,
         `teacher` standardised states `[rows, columns, teacher width]` and where they are valid."""
@@ -89,7 +95,10 @@ class TextVAETraining(nn.Module):
             projected = self.projector(features).float()
             cosine = torch.nn.functional.cosine_similarity(projected, teacher, dim=-1)
             output.loss_sums["repa"] = ((1 - cosine) * teacher_mask).sum()
-            output.metrics["repa_cosine"] = ((cosine.detach() * teacher_mask).sum().double(), teacher_mask.sum().double())
+            output.metrics["repa_cosine"] = (
+                (cosine.detach() * teacher_mask).sum().double(),
+                teacher_mask.sum().double(),
+            )
         return output
 
 
@@ -106,7 +115,9 @@ class TextVAERecipe(Recipe):
         self.teacher = TeacherStatistics.load(config.data.hidden_states) if config.vae.repa_weight > 0 else None
         width = self.teacher.mean.numel() if self.teacher else 0
         self.module = TextVAETraining(TextVAE(config.vae.network, tokenizer.vocab_size), config.vae, width)
-        initialise(self.module, lambda name, p: torch.randn(p.shape, generator=rng.generator(self.seed, f"init/{name}")))
+        initialise(
+            self.module, lambda name, p: torch.randn(p.shape, generator=rng.generator(self.seed, f"init/{name}"))
+        )
 
     def loss_weights(self, step: int) -> dict[str, float]:
         warm = min(1.0, (step + 1) / self.config.kl_warmup_steps) if self.config.kl_warmup_steps else 1.0
@@ -137,8 +148,10 @@ class TextVAERecipe(Recipe):
         counts = {"reconstruction": layout.real.sum().double(), "kl": layout.real.sum().double()}
         if self.teacher is not None:
             if batch.hidden is None or batch.hidden_valid is None:
-                raise ConfigError("vae.repa_weight > 0 needs data.hidden_states: extract them with "
-                                  "`python -m data_tools.extract_hidden_states`, or set vae.repa_weight: 0")
+                raise ConfigError(
+                    "vae.repa_weight > 0 needs data.hidden_states: extract them with "
+                    "`python -m data_tools.extract_hidden_states`, or set vae.repa_weight: 0"
+                )
             inputs["teacher"] = self.teacher.standardise(batch.hidden)
             inputs["teacher_mask"] = batch.hidden_valid & layout.real
             counts["repa"] = inputs["teacher_mask"].sum().double()
@@ -155,11 +168,16 @@ class TextVAERecipe(Recipe):
         every = torch.cat([m[layout.real] for m, layout in zip(means, layouts, strict=True)]).double()
         network.latent_mean.copy_(every.mean(dim=0))
         network.latent_std.copy_(every.std(dim=0).clamp(min=1e-6))
-        report = {"latent_mean_abs": every.mean(dim=0).abs().mean().item(), "latent_std": every.std(dim=0).mean().item()}
+        report = {
+            "latent_mean_abs": every.mean(dim=0).abs().mean().item(),
+            "latent_std": every.std(dim=0).mean().item(),
+        }
         for level in NOISE_LEVELS:
             correct = total = 0
             for batch, layout, mean in zip(batches, layouts, means, strict=True):
-                noise = RowDraws(self.seed, "finish", batch.row_index).normal("noise", tuple(mean.shape[1:]), mean.device)
+                noise = RowDraws(self.seed, "finish", batch.row_index).normal(
+                    "noise", tuple(mean.shape[1:]), mean.device
+                )
                 noisy = (1 - level) * network.standardise(mean) + level * noise
                 hit = network.decode(network.unstandardise(noisy), layout).argmax(dim=-1) == batch.tokens
                 correct += int((hit & layout.real).sum())
@@ -184,12 +202,15 @@ class TeacherStatistics:
     def load(directory: str | None) -> "TeacherStatistics":
         """Read them from the manifest of a directory of teacher states."""
         if directory is None:
-            raise ConfigError("vae.repa_weight > 0 needs data.hidden_states (a directory written by "
-                              "data_tools.extract_hidden_states)")
+            raise ConfigError(
+                "vae.repa_weight > 0 needs data.hidden_states (a directory written by data_tools.extract_hidden_states)"
+            )
         split = read_manifest(directory)["splits"].get("train")
         if split is None:
-            raise ConfigError(f"{directory} has no states of the train split; extract them with "
-                              "`python -m data_tools.extract_hidden_states ... --split train`")
+            raise ConfigError(
+                f"{directory} has no states of the train split; extract them with "
+                "`python -m data_tools.extract_hidden_states ... --split train`"
+            )
         return TeacherStatistics(torch.tensor(split["mean"]), torch.tensor(split["std"]))
 
     def standardise(self, states: Tensor) -> Tensor:

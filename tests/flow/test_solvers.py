@@ -88,9 +88,7 @@ def test_guidance() -> None:
     conditional, unconditional = noise(), noise().flip(0)
     torch.testing.assert_close(guidance.combine(conditional, unconditional, 1.0), conditional)
     assert torch.equal(guidance.combine(conditional, unconditional, 0.0), unconditional)
-    torch.testing.assert_close(
-        guidance.combine(conditional, unconditional, 3.0), 3 * conditional - 2 * unconditional
-    )
+    torch.testing.assert_close(guidance.combine(conditional, unconditional, 3.0), 3 * conditional - 2 * unconditional)
     assert guidance.active(0.5, 2.0, (0.0, 1.0))
     assert guidance.active(0.9, 2.0, (0.9, 1.0))
     assert not guidance.active(0.5, 2.0, (0.9, 1.0))

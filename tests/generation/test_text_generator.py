@@ -8,6 +8,7 @@ import torch
 
 from megatext.config import ConfigError
 from megatext.flow.timesteps import TimestepConfig
+from megatext.generation.noise import Noise, Request, draw_tokens
 from megatext.generation.sampling import SamplingConfig
 from megatext.generation.text_generator import TextGenerator
 from megatext.nn.blocks import TrunkConfig
@@ -21,8 +22,15 @@ TRUNK = TrunkConfig(layers=2, width=16, heads=2)
 PROMPTS = ["the cat sat on the mat", "a", "", "and then it was very big and the dog ran"]
 LENGTHS = [9, 5, 12, 3]
 SYSTEMS = {
-    "blocks": (FlowConfig(objective="token_cross_entropy", block_tokens=4, token_likelihood=True,
-                          timesteps=TimestepConfig(location=1.0)), 0),
+    "blocks": (
+        FlowConfig(
+            objective="token_cross_entropy",
+            block_tokens=4,
+            token_likelihood=True,
+            timesteps=TimestepConfig(location=1.0),
+        ),
+        0,
+    ),
     "blocks_velocity": (FlowConfig(objective="velocity", block_tokens=4), 0),
     "one_shot": (FlowConfig(objective="velocity"), 2),
     "one_shot_zeros": (FlowConfig(objective="velocity", null_condition="zeros"), 2),
@@ -33,11 +41,16 @@ def export(directory: Path, tokenizer: Path, name: str, causal: bool = False) ->
     """A model with random weights, exported."""
     flow, encoder_layers = SYSTEMS[name]
     torch.manual_seed(1)
-    network = TextDiTConfig(trunk=TRUNK, self_conditioning=True,
-                            output="tokens" if flow.objective == "token_cross_entropy" else "latent")
+    network = TextDiTConfig(
+        trunk=TRUNK, self_conditioning=True, output="tokens" if flow.objective == "token_cross_entropy" else "latent"
+    )
     attention = "causal" if causal else "full"
-    vae_config = TextVAEConfig(latent_channels=6, encoder=replace(TRUNK, layers=2 if causal else encoder_layers),
-                               decoder=TRUNK, attention=attention)
+    vae_config = TextVAEConfig(
+        latent_channels=6,
+        encoder=replace(TRUNK, layers=2 if causal else encoder_layers),
+        decoder=TRUNK,
+        attention=attention,
+    )
     vae = TextVAE(vae_config, load_tokenizer(tokenizer).vocab_size)
     write_model(directory / "vae_source", "text_vae", vae_config, vae.state_dict(), tokenizer=tokenizer)
     config = TextDiTRecipeConfig(vae=str(directory / "vae_source"), network=network, flow=flow)
@@ -54,7 +67,8 @@ def generator(request: pytest.FixtureRequest, tmp_path: Path, tokenizer_director
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_a_text_does_not_depend_on_its_neighbours(generator: TextGenerator, guidance_scale: float) -> None:
-    sampling = SamplingConfig(steps=4, guidance_scale=guidance_scale)
+    solver = "ancestral" if generator.module.table is not None else "euler"
+    sampling = SamplingConfig(steps=4, guidance_scale=guidance_scale, solver=solver)
     seeds = [5, 6, 7, 8]
     together = generator.generate(PROMPTS, target_tokens=LENGTHS, seeds=seeds, sampling=sampling)
     for i in range(4):
@@ -76,36 +90,44 @@ def test_heun_and_uniform_grids_run(generator: TextGenerator) -> None:
     assert len(generator.generate(["the"], target_tokens=[6], seeds=[0], sampling=sampling)) == 1
 
 
-def test_cached_generation_equals_the_whole_row(tmp_path: Path, tokenizer_directory: Path) -> None:
+@pytest.mark.parametrize(("name", "causal"), [("blocks", False), ("blocks_velocity", True)])
+def test_cached_generation_equals_the_whole_row(
+    name: str, causal: bool, tmp_path: Path, tokenizer_directory: Path
+) -> None:
     """A block is denoised as training saw it: two streams in one row, no cache, the same velocities."""
     from megatext.nn.attention import make_mask
     from megatext.nn.layout import CONTEXT, TARGET, Layout
 
-    for name, causal in (("blocks", False), ("blocks_velocity", True)):
-        generator = TextGenerator.from_pretrained(export(tmp_path / name, tokenizer_directory, name, causal))
-        prompt = generator.tokenizer.encode("the cat sat on the mat and the dog ran under the tree")[:10]
-        seen: list[torch.Tensor] = []
-        network = generator.module.network
-        handle = network.register_forward_hook(
-            lambda module, args, kwargs, output: seen.append(output[0]) if kwargs.get("predict", True) else None,
-            with_kwargs=True)
-        text = generator.tokenizer.decode(prompt)
-        assert generator.tokenizer.encode(text) == prompt
-        generator.generate([text], target_tokens=[2], seeds=[3], sampling=SamplingConfig(steps=1))
-        handle.remove()
-        tokens = torch.tensor([prompt + [0, 0]])
-        position = torch.arange(12)[None]
-        clean = Layout.of(torch.zeros_like(position), position, block_tokens=4)
-        both = Layout.concatenate([clean, clean.with_role(TARGET)])
-        latents = generator.latents_of(tokens, clean)
-        noise = torch.zeros_like(latents)
-        request = type("R", (), {"seed": 3})()
-        noise[:, 8:] = generator.noise([request], [8], (4, latents.shape[-1]), torch.device("cpu"))
-        noisy = torch.where(position[..., None] < 10, latents, noise)
-        index = torch.cat((torch.zeros_like(position), (position >= 10).long()), dim=1)
-        out, _ = network(torch.cat((latents, noisy), 1), torch.tensor([0.0, 1.0]), index, both.position,
-                         both.role != CONTEXT, make_mask("two_stream", both))
-        torch.testing.assert_close(out[:, 20:], seen[0], rtol=1e-4, atol=1e-4)
+    generator = TextGenerator.from_pretrained(export(tmp_path / name, tokenizer_directory, name, causal))
+    prompt = generator.tokenizer.encode("the cat sat on the mat and the dog ran under the tree")[:10]
+    seen: list[torch.Tensor] = []
+    network = generator.module.network
+    handle = network.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(output[0]) if kwargs.get("predict", True) else None,
+        with_kwargs=True,
+    )
+    text = generator.tokenizer.decode(prompt)
+    assert generator.tokenizer.encode(text) == prompt
+    generator.generate([text], target_tokens=[2], seeds=[3], sampling=SamplingConfig(steps=1))
+    handle.remove()
+    tokens = torch.tensor([prompt + [0, 0]])
+    position = torch.arange(12)[None]
+    clean = Layout.of(torch.zeros_like(position), position, block_tokens=4)
+    both = Layout.concatenate([clean, clean.with_role(TARGET)])
+    latents = generator.latents_of(tokens, clean)
+    noise = torch.zeros_like(latents)
+    noise[:, 8:] = Noise([Request(prompt, 2, 3)], [8], [(0, 4)], torch.device("cpu")).normal(latents.shape[-1])
+    noisy = torch.where(position[..., None] < 10, latents, noise)
+    index = torch.cat((torch.zeros_like(position), (position >= 10).long()), dim=1)
+    out, _ = network(
+        torch.cat((latents, noisy), 1),
+        torch.tensor([0.0, 1.0]),
+        index,
+        both.position,
+        both.role != CONTEXT,
+        make_mask("two_stream", both),
+    )
+    torch.testing.assert_close(out[:, 20:], seen[0], rtol=1e-4, atol=1e-4)
 
 
 def test_prompt_is_repainted_not_rewritten(tmp_path: Path, tokenizer_directory: Path) -> None:
@@ -113,9 +135,13 @@ def test_prompt_is_repainted_not_rewritten(tmp_path: Path, tokenizer_directory: 
     generator = TextGenerator.from_pretrained(export(tmp_path, tokenizer_directory, "blocks"))
     for words in range(1, 6):
         prompt = " ".join(["the", "cat", "sat", "on", "mat"][:words])
-        pieces = [p for (p,) in generator._pieces(
-            [type("R", (), {"prompt": generator.tokenizer.encode(prompt), "target_tokens": 7, "seed": 0})()],
-            SamplingConfig(steps=2))]
+        pieces = [
+            p
+            for (p,) in generator._pieces(
+                [Request(generator.tokenizer.encode(prompt), 7, 0)],
+                SamplingConfig(steps=2),
+            )
+        ]
         assert sum(len(p) for p in pieces) == 7
 
 
@@ -142,3 +168,14 @@ def test_clear_errors(tmp_path: Path, tokenizer_directory: Path) -> None:
         generator.generate(["a"], target_tokens=[3], seeds=[0], sampling=SamplingConfig(temperature=0.5))
     with pytest.raises(ValueError, match="one of each"):
         generator.generate(["a", "b"], target_tokens=[3], seeds=[0])
+    with pytest.raises(ConfigError, match="ancestral"):
+        generator.generate(["a"], target_tokens=[3], seeds=[0], sampling=SamplingConfig(solver="ancestral"))
+
+
+def test_tokens_are_drawn_from_the_softmax() -> None:
+    logits = torch.randn(1, 1, 7)
+    u = (torch.arange(20_000) + 0.5) / 20_000
+    drawn = draw_tokens(logits.expand(1, 20_000, 7), 0.7, u[None])[0]
+    shares = torch.bincount(drawn, minlength=7) / 20_000
+    torch.testing.assert_close(shares, (logits[0, 0] / 0.7).softmax(-1), atol=1e-4, rtol=0)
+    assert int(draw_tokens(logits, 0.0, torch.zeros(1, 1))) == int(logits.argmax())

@@ -66,7 +66,9 @@ def test_rope_is_a_rotation_by_position() -> None:
             angle = p * 100.0 ** (-2 * i / 8)
             a, b = float(x[0, 0, column, i]), float(x[0, 0, column, i + 4])
             assert float(rotated[0, 0, column, i]) == pytest.approx(a * math.cos(angle) - b * math.sin(angle), abs=1e-5)
-            assert float(rotated[0, 0, column, i + 4]) == pytest.approx(b * math.cos(angle) + a * math.sin(angle), abs=1e-5)
+            assert float(rotated[0, 0, column, i + 4]) == pytest.approx(
+                b * math.cos(angle) + a * math.sin(angle), abs=1e-5
+            )
 
 
 def test_attention_depends_on_relative_positions_only() -> None:
@@ -128,8 +130,9 @@ def test_cached_blocks_equal_one_pass() -> None:
     x0, noisy = torch.randn(2, 1, tokens, 3).unbind()
     t = torch.tensor([0.0, 0.7])
     index = torch.cat((torch.zeros_like(position), torch.ones_like(position)), dim=1)
-    whole, _ = network(torch.cat((x0, noisy), 1), t, index, both.position, both.role != CONTEXT,
-                       make_mask("two_stream", both))
+    whole, _ = network(
+        torch.cat((x0, noisy), 1), t, index, both.position, both.role != CONTEXT, make_mask("two_stream", both)
+    )
     cache = KVCache(2, 1, 2, tokens, 8, dtype=torch.float32, device="cpu")
     slots = Layout.of(torch.full_like(position, -2), position, block_tokens=size)
     for start in range(0, tokens, size):
@@ -138,8 +141,15 @@ def test_cached_blocks_equal_one_pass() -> None:
         for role, values in ((TARGET, noisy), (CONTEXT, x0)):
             own = clean[part].with_role(role)
             mask = make_mask("two_stream", own, Layout.concatenate([slots, own]))
-            out, kept = network(values[:, part], t, torch.full_like(own.position, int(role != CONTEXT)), own.position,
-                                own.role != CONTEXT, mask, past=cache.of(torch.tensor([0])))
+            out, kept = network(
+                values[:, part],
+                t,
+                torch.full_like(own.position, int(role != CONTEXT)),
+                own.position,
+                own.role != CONTEXT,
+                mask,
+                past=cache.of(torch.tensor([0])),
+            )
             if role == TARGET:
                 torch.testing.assert_close(out, whole[:, tokens:][:, part], rtol=1e-4, atol=1e-5)
             else:

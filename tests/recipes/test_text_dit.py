@@ -15,8 +15,9 @@ from megatext.recipes.text_dit import FlowConfig, TextDiTRecipe, TextDiTRecipeCo
 from tests.recipes.rows import make_batch
 
 TRUNK = TrunkConfig(layers=2, width=16, heads=2)
-BLOCKS = FlowConfig(objective="token_cross_entropy", block_tokens=4, token_likelihood=True,
-                    timesteps=TimestepConfig(location=1.0))
+BLOCKS = FlowConfig(
+    objective="token_cross_entropy", block_tokens=4, token_likelihood=True, timesteps=TimestepConfig(location=1.0)
+)
 ONE_SHOT = FlowConfig(objective="velocity", condition_dropout=0.2)
 
 
@@ -44,8 +45,8 @@ def test_rows_do_not_depend_on_the_batch_they_come_in(flow: FlowConfig, local: b
     whole, half = recipe.prepare(batch, step=0).inputs, recipe.prepare(part, step=9).inputs
     for name in ("latents", "noise", "tokens", "loss_mask"):
         assert torch.equal(whole[name][2:], half[name]), name
-    t = lambda inputs: inputs["timesteps"][inputs["timestep_index"]]
-    assert torch.equal(t(whole)[2:], t(half))
+    t_whole, t_half = (x["timesteps"][x["timestep_index"]] for x in (whole, half))
+    assert torch.equal(t_whole[2:], t_half)
 
 
 def test_target_tokens_never_leak_into_context_latents() -> None:
@@ -132,7 +133,9 @@ def test_self_conditioning_sees_the_first_estimate() -> None:
     coins = [recipe.prepare(make_batch(), step=step).inputs["self_condition"] for step in range(60)]
     assert 15 < sum(coins) < 45
     inputs = recipe.prepare(make_batch(), step=0).inputs
-    losses = [float(recipe.module(**(inputs | {"self_condition": c})).loss_sums["flow"].detach()) for c in (False, True)]
+    losses = [
+        float(recipe.module(**(inputs | {"self_condition": c})).loss_sums["flow"].detach()) for c in (False, True)
+    ]
     assert losses[0] != losses[1]
 
 
@@ -146,8 +149,9 @@ def test_self_conditioning_sees_the_first_estimate() -> None:
         (replace(BLOCKS, self_conditioning_probability=0.5), True, None, "self_conditioning"),
     ],
 )
-def test_options_that_do_not_fit_together(flow: FlowConfig, local: bool, network: TextDiTConfig | None,
-                                          message: str) -> None:
+def test_options_that_do_not_fit_together(
+    flow: FlowConfig, local: bool, network: TextDiTConfig | None, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         make_recipe(flow, local=local, network=network)
 

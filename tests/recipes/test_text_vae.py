@@ -11,7 +11,7 @@ from megatext.config import ConfigError
 from megatext.nn.blocks import TrunkConfig, initialise
 from megatext.nn.layout import Layout
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
-from megatext.recipes.pretrained import load_text_vae, write_model
+from megatext.recipes.pretrained import load_text_vae, read_description, write_model
 from megatext.recipes.text_vae import TeacherStatistics, TextVAERecipe, TextVAERecipeConfig, TextVAETraining
 from megatext.tokenizer import load_tokenizer
 from tests.recipes.rows import make_batch
@@ -31,7 +31,10 @@ def make_recipe(config: TextVAERecipeConfig, teacher: TeacherStatistics | None =
 
 
 def test_losses_are_sums_over_real_tokens() -> None:
-    recipe, batch = make_recipe(TextVAERecipeConfig(network=replace(NETWORK, latent_norm="none"), decoder_noise=0.5)), make_batch()
+    recipe, batch = (
+        make_recipe(TextVAERecipeConfig(network=replace(NETWORK, latent_norm="none"), decoder_noise=0.5)),
+        make_batch(),
+    )
     prepared = recipe.prepare(batch, step=0)
     output = recipe.module(**prepared.inputs)
     inputs, network = prepared.inputs, recipe.module.network
@@ -46,7 +49,7 @@ def test_losses_are_sums_over_real_tokens() -> None:
     expected = torch.nn.functional.cross_entropy(logits[real], batch.tokens[real], reduction="sum")
     torch.testing.assert_close(output.loss_sums["reconstruction"], expected, rtol=1e-4, atol=1e-3)
     assert float(prepared.counts["kl"]) == float(real.sum())
-    assert 0 <= s.min() and s.max() <= 0.5 and s.flatten(1).unique().numel() > 4
+    assert s.min() >= 0 and s.max() <= 0.5 and s.flatten(1).unique().numel() > 4
 
 
 def test_kl_weight_is_warmed_up() -> None:
@@ -74,7 +77,7 @@ def test_repa_is_the_cosine_to_standardised_states() -> None:
     batch = make_batch()
     with pytest.raises(ConfigError, match="extract_hidden_states"):
         recipe.prepare(batch, step=0)
-    valid = (batch.segment == 0)
+    valid = batch.segment == 0
     batch = replace(batch, hidden=torch.randn(*batch.tokens.shape, 8).bfloat16(), hidden_valid=valid)
     prepared = recipe.prepare(batch, step=0)
     output = recipe.module(**prepared.inputs)
@@ -92,13 +95,19 @@ def test_finish_measures_the_latents_of_real_tokens() -> None:
     batches = [make_batch(seed=1), make_batch(seed=2)]
     figures = recipe.finish(batches)
     network = recipe.module.network
-    latents = torch.cat([
-        network.standardise(network.encode(b.tokens, Layout.of(b.segment, b.position))[0])[b.segment >= 0] for b in batches
-    ])
+    latents = torch.cat(
+        [
+            network.standardise(network.encode(b.tokens, Layout.of(b.segment, b.position))[0])[b.segment >= 0]
+            for b in batches
+        ]
+    )
     torch.testing.assert_close(latents.mean(0), torch.zeros(6), atol=1e-4, rtol=0)
     torch.testing.assert_close(latents.std(0), torch.ones(6), atol=1e-3, rtol=0)
-    hits = [(network.decode(network.encode(b.tokens, layout)[0], layout).argmax(-1) == b.tokens)[layout.real]
-            for b in batches for layout in [Layout.of(b.segment, b.position)]]
+    hits = [
+        (network.decode(network.encode(b.tokens, layout)[0], layout).argmax(-1) == b.tokens)[layout.real]
+        for b in batches
+        for layout in [Layout.of(b.segment, b.position)]
+    ]
     assert figures["accuracy_at_0.0"] == pytest.approx(float(torch.cat(hits).double().mean()))
 
 
@@ -114,9 +123,9 @@ def test_export_round_trip(tmp_path: Path, tokenizer_directory: Path) -> None:
     layout = Layout.of(batch.segment, batch.position)
     latents, _, _ = vae.encode(batch.tokens, layout)
     assert torch.equal(loaded.encode(batch.tokens, layout)[0], latents)
-    assert torch.equal(loaded.decode(loaded.unstandardise(loaded.standardise(latents)), layout),
-                       vae.decode(vae.unstandardise(vae.standardise(latents)), layout))
+    assert torch.equal(
+        loaded.decode(loaded.unstandardise(loaded.standardise(latents)), layout),
+        vae.decode(vae.unstandardise(vae.standardise(latents)), layout),
+    )
     with pytest.raises(ConfigError, match="not a text_dit"):
-        from megatext.recipes.pretrained import read_description
-
         read_description(tmp_path / "vae", "text_dit")
