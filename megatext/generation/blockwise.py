@@ -91,9 +91,12 @@ class _Writer:
         with_history = make_mask("two_stream", own, Layout.concatenate([history, own]), backend="dense")
         alone = make_mask("two_stream", own, backend="dense")
         index = (~given).long()
+        left = self.tokens[rows].gather(1, (own.position - 1).clamp(min=0))
+        first = own.position % self.size == 0
 
         def predict(z: Tensor, t: Tensor, previous: Tensor | None, conditional: bool) -> Tensor:
             z = torch.where(given[..., None], clean, z)
+            clean_left = (own.position > 0) & torch.where(first, conditional, given.roll(1, dims=1))
             return network(
                 z,
                 torch.stack((torch.zeros_like(t), t)),
@@ -102,6 +105,7 @@ class _Writer:
                 torch.ones_like(given),
                 with_history if conditional else alone,
                 self_condition=previous,
+                neighbours=torch.where(clean_left, left, -1),
                 past=past if conditional else None,
             )[0].float()
 

@@ -42,7 +42,10 @@ class TextGenerator:
             raise ConfigError(f"{vae_directory} is not the VAE this model was trained on; export the model again")
         vae, _ = load_text_vae(vae_directory)
         module = make_module(config, vae)
-        module.network.load_state_dict(load_file(Path(directory) / "model.safetensors"))
+        weights = load_file(Path(directory) / "model.safetensors")
+        if config.network.token_embedding:
+            weights["head.weight"] = weights["token_embedding.weight"]
+        module.network.load_state_dict(weights)
         module.network.to(device=device, dtype=dtype).eval().requires_grad_(False)
         if module.table is not None:
             module.table = module.table.to(device)

@@ -183,7 +183,7 @@ class TimestepEmbedding(nn.Module):
         rate = torch.exp(-math.log(10_000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
         angle = 1000.0 * t.float()[:, None] * rate
         sinusoids = torch.cat((angle.cos(), angle.sin()), dim=-1)
-        return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoids.to(next(self.mlp.parameters()).dtype))
 
 
 def initialise(module: nn.Module, draw: Callable[[str, Tensor], Tensor]) -> None:

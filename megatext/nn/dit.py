@@ -25,8 +25,9 @@ class TextDiTConfig:
     self_conditioning: bool = False
     """Feed the previous x0 estimate back in (Analog Bits, arXiv 2208.04202)."""
     token_embedding: bool = False
-    """Clean tokens enter by a learned embedding beside their latents, tied to the token head: frozen latents say
-    which token it is, not what it means. Needs output: tokens."""
+    """Clean tokens enter by a learned embedding beside their latents, tied to the token head, and a noisy token whose
+    left neighbour is clean is told that neighbour: frozen latents say which token it is, not what it means. Needs
+    output: tokens."""
     role_embedding: bool = True
     """A learned vector that tells target from context; without it only the timestep does."""
 
@@ -50,6 +51,7 @@ class TextDiT(nn.Module):
             if config.output != "tokens":
                 raise ConfigError("network.token_embedding is tied to the token head: it needs output: tokens")
             self.token_embedding = nn.Embedding(vocab_size, width)
+            self.neighbour_embedding = nn.Embedding(vocab_size, width)
             self.head = nn.Linear(width, vocab_size, bias=False)
             self.head.weight = self.token_embedding.weight
         else:
@@ -66,20 +68,26 @@ class TextDiT(nn.Module):
         *,
         self_condition: Tensor | None = None,
         tokens: Tensor | None = None,
+        neighbours: Tensor | None = None,
         past: Sequence[KeysValues] | None = None,
         predict: bool = True,
     ) -> tuple[Tensor, list[KeysValues]]:
         """latents `[rows, tokens, channels]`; `timesteps [distinct]` float32 and `timestep_index [rows, tokens]` into
         it; `position [rows, tokens]`; `target` bool `[rows, tokens]` (to be generated); `tokens` int64
-        `[rows, tokens]` where these are known (history); `past` keys and values of tokens before these. Returns the prediction `[rows, tokens, channels or vocab_size]` (without `predict` the
-        trunk's output) and the tokens' own keys and values."""
+        `[rows, tokens]` where these are known (history), `neighbours` like it the tokens to the left, -1 where not
+        clean; `past` keys and values of tokens before these. Returns the prediction `[rows, tokens, channels or
+        vocab_size]` (without `predict` the trunk's output) and the tokens' own keys and values."""
         if self.config.self_conditioning:
             # context has no estimate: its latents are known
             previous = torch.zeros_like(latents) if self_condition is None else self_condition * target[..., None]
             latents = torch.cat((latents, previous), dim=-1)
         x = self.latent_in(latents.to(self.latent_in.weight.dtype))
-        if self.token_embedding is not None and tokens is not None:
-            x = x + self.token_embedding(tokens) * self.config.trunk.width**0.5
+        if self.token_embedding is not None:
+            scale = self.config.trunk.width**0.5
+            if tokens is not None:
+                x = x + self.token_embedding(tokens) * scale
+            if neighbours is not None:
+                x = x + self.neighbour_embedding(neighbours.clamp(min=0)) * (scale * (neighbours >= 0)[..., None])
         if self.role is not None:
             x = x + self.role(target.long())
         condition = (self.timestep(timesteps), timestep_index) if self.timestep is not None else None

@@ -20,7 +20,7 @@ from megatext.flow import objectives
 from megatext.flow.paths import Path as NoisePath
 from megatext.flow.paths import path_from_name
 from megatext.flow.timesteps import TimestepConfig
-from megatext.nn.attention import KeysValues, Mask, make_mask
+from megatext.nn.attention import Mask, make_mask
 from megatext.nn.blocks import initialise
 from megatext.nn.dit import TextDiT, TextDiTConfig
 from megatext.nn.layout import CONTEXT, TARGET, Layout
@@ -113,9 +113,10 @@ class TextDiTTraining(nn.Module):
         loss_mask: Tensor,
         self_condition: bool,
         history: "History | None" = None,
+        neighbours: Tensor | None = None,
     ) -> Output:
-        """`latents` (clean) and `noise` float32 `[rows, columns, channels]`; `tokens`, `timestep_index`, `layout` and
-        `loss_mask` `[rows, columns]`; `history` the clean copy that two-stream training attends to."""
+        """`latents` (clean) and `noise` float32 `[rows, columns, channels]`; `tokens`, `timestep_index`, `layout`,
+        `loss_mask` and `neighbours` `[rows, columns]`; `history` the clean copy that two-stream training attends to."""
         t = timesteps[timestep_index]
         noisy = self.path.interpolate(latents, noise, t)
         past = None
@@ -131,31 +132,30 @@ class TextDiTTraining(nn.Module):
                 tokens=history.tokens,
                 predict=False,
             )
+        target = layout.role != CONTEXT
+
+        def predict(previous: Tensor | None) -> Tensor:
+            return self.network(
+                noisy,
+                timesteps,
+                timestep_index,
+                layout.position,
+                target,
+                mask,
+                self_condition=previous,
+                neighbours=neighbours,
+                past=past,
+            )[0].float()
+
         previous = None
         if self_condition:
             with torch.no_grad():
-                first = self._predict(noisy, timesteps, timestep_index, layout, mask, past, None)
-                previous = self.x0(noisy, t, first)
-        predicted = self._predict(noisy, timesteps, timestep_index, layout, mask, past, previous)
+                previous = self.x0(noisy, t, predict(None))
+        predicted = predict(previous)
         per_token = self._loss_per_token(predicted, noisy, latents, noise, tokens, t)
         sums, counts = objectives.by_timestep_bin(per_token.detach(), t, loss_mask, TIMESTEP_BINS)
         metrics = {f"loss_t{i}": (sums[i], counts[i]) for i in range(TIMESTEP_BINS)}
         return Output({"flow": per_token.masked_fill(~loss_mask, 0.0).sum()}, metrics)
-
-    def _predict(
-        self,
-        noisy: Tensor,
-        timesteps: Tensor,
-        timestep_index: Tensor,
-        layout: Layout,
-        mask: Mask,
-        past: list[KeysValues] | None,
-        previous: Tensor | None,
-    ) -> Tensor:
-        target = layout.role != CONTEXT
-        return self.network(
-            noisy, timesteps, timestep_index, layout.position, target, mask, self_condition=previous, past=past
-        )[0].float()
 
     def logits(self, predicted: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         """Token logits, with the likelihood of the noisy latent added where the recipe says so."""
@@ -201,6 +201,8 @@ def make_module(config: TextDiTRecipeConfig, vae: TextVAE) -> TextDiTTraining:
             "dit.flow.block_tokens needs a VAE with a token-local or (block-)causal encoder: the latents "
             "of a bidirectional one tell the history what comes after it"
         )
+    if network.token_embedding and not flow.block_tokens:
+        raise ConfigError("dit.network.token_embedding is for the clean history of dit.flow.block_tokens > 0")
     if flow.token_likelihood and not tokens_out:
         raise ConfigError("dit.flow.token_likelihood adds to token logits: it needs objective token_cross_entropy")
     if flow.self_conditioning_probability > 0 and not network.self_conditioning:
@@ -262,7 +264,8 @@ class TextDiTRecipe(Recipe):
         blocks = -(-columns // size)
         number = (boundary.cumsum(dim=1) - 1) % blocks
         dropped = draw.per_group("condition_dropout", columns, batch.segment) < self.flow.condition_dropout
-        noisy, groups, known = [], [], []
+        noisy, groups, known, neighbours = [], [], [], []
+        first, left = batch.position % size == 0, batch.tokens.roll(1, dims=1)
         for copy in range(copies):
             # A dropped segment gets a number of its own: the clean copy, its history, is out of sight.
             segment = torch.where(dropped & clean.real, clean.segment + columns, clean.segment)
@@ -270,7 +273,10 @@ class TextDiTRecipe(Recipe):
             groups.append(copy * blocks + number)
             partial = draw.per_group(f"partial/{copy}", blocks, number)
             length = (partial / max(self.flow.partial_block_probability, 1e-9) * size).long()
-            known.append((partial < self.flow.partial_block_probability) & (batch.position % size < length))
+            given = (partial < self.flow.partial_block_probability) & (batch.position % size < length)
+            known.append(given)
+            clean_left = (batch.position > 0) & torch.where(first, ~dropped, given.roll(1, dims=1))
+            neighbours.append(torch.where(clean_left, left, -1))
         timesteps, index = self._timesteps(draw, torch.cat(groups, dim=1), copies * blocks)
         pinned = torch.cat(known, dim=1)
         layout = Layout.concatenate(noisy)
@@ -283,6 +289,7 @@ class TextDiTRecipe(Recipe):
             "layout": layout,
             "mask": make_mask("two_stream", layout, Layout.concatenate([clean, layout])),
             "loss_mask": layout.real & ~pinned,
+            "neighbours": torch.cat(neighbours, dim=1),
             "history": History(batch.tokens, latents, clean, make_mask("two_stream", clean)),
         }
 
@@ -336,6 +343,8 @@ class TextDiTRecipe(Recipe):
 
     def export(self, state_dict: dict[str, Tensor], output: Path) -> None:
         weights = {k.removeprefix("network."): v for k, v in state_dict.items() if k.startswith("network.")}
+        if self.config.network.token_embedding:
+            del weights["head.weight"]  # tied: stored once
         write_model(output, "text_dit", self.config, weights, tokenizer=self.vae_directory, vae=self.vae_directory)
 
 

@@ -68,13 +68,15 @@ def test_target_tokens_never_leak_into_context_latents() -> None:
 def test_noisy_blocks_see_clean_history_and_nothing_later() -> None:
     """The prediction of a block changes with earlier tokens and not with later ones, nor with its own clean ones."""
     flow = replace(BLOCKS, condition_dropout=0.0, partial_block_probability=0.0)
-    recipe, batch = make_recipe(flow), make_batch(rows=1)
+    network = TextDiTConfig(trunk=TRUNK, output="tokens", token_embedding=True)
+    recipe, batch = make_recipe(flow, network=network), make_batch(rows=1)
     inputs = recipe.prepare(batch, step=0).inputs
 
     def predict(tokens: torch.Tensor) -> torch.Tensor:
         """Logits of the noisy copy where only the clean copy's tokens change."""
         other = recipe.prepare(replace(batch, tokens=tokens), step=0).inputs
         seen: list[torch.Tensor] = []
+        inputs["neighbours"] = other["neighbours"]
         handle = recipe.module.network.register_forward_hook(lambda module, args, output: seen.append(output[0]))
         recipe.module(**(inputs | {"history": other["history"]}))
         handle.remove()
@@ -94,6 +96,8 @@ def test_dropped_conditions_hide_the_history() -> None:
     recipe, batch = make_recipe(replace(BLOCKS, condition_dropout=1.0)), make_batch(rows=1)
     mask = recipe.prepare(batch, step=0).inputs["mask"].dense[0, 0]
     assert not mask[:, : batch.tokens.shape[1]][batch.segment[0] >= 0].any()
+    inputs = recipe.prepare(batch, step=0).inputs
+    assert (inputs["neighbours"][batch.position % 4 == 0] == -1).all()
 
 
 def test_partly_given_blocks_are_clean_and_cost_no_loss() -> None:
