@@ -2,7 +2,7 @@
 # make quickstart   tokenizer, shards, AR baseline, TextVAE, TextDiT, samples, scores, report; continues where it stopped
 #                   RECIPE=default|textldm_paper  NUM_PROCESSES=1  CORPUS=PATH  TEACHER=Qwen/Qwen3-1.7B
 # make small        the same at a larger scale: an hour on 2 cores, minutes on a GPU
-# make test         the tests, without those marked slow (TESTS="-m slow", TESTS=tests/flow)
+# make test         the tests (TESTS="-m 'not slow'", TESTS=tests/flow)
 # make check        ruff and mypy
 
 PYTHON ?= python3

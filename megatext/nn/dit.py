@@ -87,7 +87,8 @@ class TextDiT(nn.Module):
             if tokens is not None:
                 x = x + self.token_embedding(tokens) * scale
             if neighbours is not None:
-                x = x + self.neighbour_embedding(neighbours.clamp(min=0)) * (scale * (neighbours >= 0)[..., None])
+                left = self.neighbour_embedding(neighbours.clamp(min=0)) * scale
+                x = x + left.masked_fill((neighbours < 0)[..., None], 0.0)
         if self.role is not None:
             x = x + self.role(target.long())
         condition = (self.timestep(timesteps), timestep_index) if self.timestep is not None else None

@@ -125,19 +125,17 @@ def write_toy_shards(directory: Path) -> Path:
 
 
 def start(world: int, folder: Path, name: str, **overrides: object) -> "subprocess.CompletedProcess[str]":
-    """Run this file's program on `world` gloo processes with run_dir `folder/name`; output of rank 0 and its status."""
+    """Run this file's program on `world` gloo processes with run_dir `folder/name`."""
     options = [
         f"--{key.replace('__', '.')}={json.dumps(value) if value is None else value}"
         for key, value in overrides.items()
     ]
-    command = [
-        sys.executable,
-        "-m",
-        "tests.training.toy",
-        "--config",
-        str(folder / "toy.yaml"),
-        f"--run_dir={folder / name}",
-    ]
+    config = ["--config", str(folder / "toy.yaml"), f"--run_dir={folder / name}"]
+    return run_ranks(world, [sys.executable, "-m", "tests.training.toy", *config, *options])
+
+
+def run_ranks(world: int, command: list[str]) -> "subprocess.CompletedProcess[str]":
+    """Run a training command on `world` gloo processes; the output of all and the status of rank 0."""
     from megatext.training.engine import _free_port
 
     environment = os.environ | {
@@ -148,7 +146,7 @@ def start(world: int, folder: Path, name: str, **overrides: object) -> "subproce
     }
     processes = [
         subprocess.Popen(
-            [*command, *options],
+            command,
             cwd=REPOSITORY,
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
