@@ -239,8 +239,10 @@ class TextDiTRecipe(Recipe):
         draw = RowDraws(self.seed, purpose, batch.row_index)
         make = self._two_streams if self.flow.block_tokens else self._context_and_target
         inputs = make(batch, draw)
-        coin = rng.uniform(self.seed, f"{purpose}/self_condition", [step])[0]
-        inputs["self_condition"] = bool(coin < self.flow.self_conditioning_probability)
+        # one coin a step: all ranks run the same number of forward passes. Validation is always the same.
+        share = self.flow.self_conditioning_probability
+        coin = rng.uniform(self.seed, "self_condition", [step])[0] if purpose == "train" else 0.0
+        inputs["self_condition"] = bool(coin < share)
         return Prepared(inputs, {"flow": inputs["loss_mask"].sum().double()})
 
     def _timesteps(self, draw: "RowDraws", group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -334,6 +336,26 @@ class TextDiTRecipe(Recipe):
             "mask": make_mask("full", seen),
             "loss_mask": layout.real & is_target,
         }
+
+    @torch.no_grad()
+    def finish(self, batches: list[TokenBatch]) -> dict[str, float]:
+        """What the best predictor that ignores its input would lose, in each timestep bin of the validation rows: the
+        bar of `validation/loss_t*`. For token cross-entropy it is the entropy of the rows' own unigrams."""
+        every = torch.cat([batch.tokens[batch.segment >= 0] for batch in batches])
+        shares = torch.bincount(every).double() / len(every)
+        entropy = torch.special.entr(shares).sum().float()
+        sums, counts = torch.zeros(TIMESTEP_BINS), torch.zeros(TIMESTEP_BINS)
+        for batch in batches:
+            inputs = self.prepare(batch, step=0, purpose="validation").inputs
+            t = inputs["timesteps"][inputs["timestep_index"]].cpu()
+            if self.flow.objective == "token_cross_entropy":
+                error = entropy.cpu().expand_as(t)
+            else:
+                goal: Literal["velocity", "x0"] = "velocity" if self.flow.objective == "velocity" else "x0"
+                error = objectives.constant_predictor_error(self.module.path, t, goal)
+            sum_, count = objectives.by_timestep_bin(error, t, inputs["loss_mask"].cpu(), TIMESTEP_BINS)
+            sums, counts = sums + sum_, counts + count
+        return {f"constant_t{i}": float(sums[i] / counts[i]) for i in range(TIMESTEP_BINS) if counts[i] > 0}
 
     def preview(self, seed: int) -> list[str]:
         from megatext.generation.text_generator import TextGenerator

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.train_tokenizer import train_tokenizer
+from data_tools.train_tokenizer import train as train_tokenizer
 from megatext.data.shards import FORMAT_VERSION, MANIFEST, TOKENIZER_FOLDER, ShardWriter, write_json
 
 TEXT = ["The quick brown fox jumps over the lazy dog.", "Numbers such as 1, 2 and 3 are tokens too."] * 20

@@ -167,3 +167,15 @@ def test_bins_add_up_to_the_loss() -> None:
     sums = [output.metrics[f"loss_t{i}"] for i in range(10)]
     torch.testing.assert_close(sum(s for s, _ in sums), output.loss_sums["flow"].detach(), rtol=1e-5, atol=1e-3)
     assert float(sum(c for _, c in sums)) == float(prepared.counts["flow"])
+
+
+def test_best_constant_predictors() -> None:
+    batches = [make_batch(seed=seed) for seed in (1, 2)]
+    velocity = make_recipe(ONE_SHOT).finish(batches)
+    # linear path, latents of variance 1: the velocity noise - x0 has variance 2 at every timestep
+    assert velocity and all(value == pytest.approx(2.0) for value in velocity.values())
+    tokens = torch.cat([b.tokens[b.segment >= 0] for b in batches])
+    shares = tokens.bincount().double() / len(tokens)
+    expected = -(shares[shares > 0] * shares[shares > 0].log()).sum()
+    crossentropy = make_recipe(BLOCKS).finish(batches)
+    assert crossentropy and all(value == pytest.approx(float(expected), rel=1e-5) for value in crossentropy.values())
