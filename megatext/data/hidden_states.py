@@ -91,17 +91,12 @@ class HiddenStatesWriter:
         """Close the last shard and write the manifest, which makes the states visible to readers."""
         self._close_shard()
         documents, tokens = (sum(entry[name] for entry in self._entries) for name in ("samples", "tokens"))
-        assert self._sums is not None, "no document was added"
-        mean = self._sums[0] / tokens
-        std = (self._sums[1] / tokens - mean.square()).clamp(min=1e-12).sqrt()
-        self._manifest["splits"][self.split] = {
-            "documents": documents,
-            "tokens": tokens,
-            # a channel's mean and deviation: REPA standardises with them
-            "mean": mean.tolist(),
-            "std": std.tolist(),
-            "shards": self._entries,
-        }
+        split = {"documents": documents, "tokens": tokens, "shards": self._entries}
+        if self._sums is not None:
+            mean = self._sums[0] / tokens
+            std = (self._sums[1] / tokens - mean.square()).clamp(min=1e-12).sqrt()
+            split |= {"mean": mean.tolist(), "std": std.tolist()}  # a channel's: REPA standardises with them
+        self._manifest["splits"][self.split] = split
         write_json(self.directory / MANIFEST, self._manifest)
 
     def abandon(self) -> None:

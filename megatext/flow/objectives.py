@@ -73,9 +73,10 @@ def by_timestep_bin(per_token: Tensor, t: Tensor, mask: Tensor, bins: int) -> tu
 def token_log_likelihood(path: Path, z: Tensor, table: Tensor, t: Tensor, min_sigma: float = 0.05) -> Tensor:
     """log N(z; alpha(t) table[v], sigma(t)^2) up to a constant, for every token v: float32 [rows, tokens, vocab].
 
-    z [rows, tokens, channels], table [vocab, channels], t [rows, tokens]. What a noisy latent says of its own token
-    is known in closed form where every token has one latent; the network is left with what context says.
+    z [rows, tokens, channels], table [vocab, channels], t [rows, tokens] or a scalar. What a noisy latent says of its
+    own token is known in closed form where every token has one latent; the network is left with what context says.
     """
+    t = t.expand(z.shape[:-1])
     alpha, sigma = path.alpha(t).float(), path.sigma(t).float().clamp(min=min_sigma)
     precision = (alpha / sigma.square())[..., None]
     bias = (alpha.square() / (2 * sigma.square()))[..., None]

@@ -206,7 +206,7 @@ class TeacherStatistics:
                 "vae.repa_weight > 0 needs data.hidden_states (a directory written by data_tools.extract_hidden_states)"
             )
         split = read_manifest(directory)["splits"].get("train")
-        if split is None:
+        if split is None or "mean" not in split:
             raise ConfigError(
                 f"{directory} has no states of the train split; extract them with "
                 "`python -m data_tools.extract_hidden_states ... --split train`"

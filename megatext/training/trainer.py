@@ -234,11 +234,11 @@ class Trainer:
     def _load(self, sample: int) -> tuple[list[TokenBatch], int]:
         """This rank's micro-batches of the step that begins at a sample, and where the next step begins."""
         plan = self.stream.plan(sample)
-        return self._micro_batches(self.stream, plan), plan.next_sample
+        return self._micro_batches(self.stream, plan, self.processes.rank), plan.next_sample
 
-    def _micro_batches(self, stream: TokenStream, plan: Any) -> list[TokenBatch]:
+    def _micro_batches(self, stream: TokenStream, plan: Any, rank: int) -> list[TokenBatch]:
         size = self.config.training.micro_batch_rows
-        first = self.processes.rank * self.accumulation * size
+        first = rank * self.accumulation * size
         return [
             stream.batch(plan, slice(start, start + size))
             for start in range(first, first + self.accumulation * size, size)
@@ -288,7 +288,7 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Loss on fixed rows with fixed noise, by the raw and by the averaged weights, and previews. A collective."""
         figures: dict[str, float | int] = {}
-        batches = [batch.to(self.processes.device) for batch in self.held_out]
+        batches = [batch.to(self.processes.device) for batch in self.held_out[self.processes.rank]]
         if batches:
             figures |= {f"validation/{name}": value for name, value in self._evaluate(batches).items()}
         if self.ema is not None:
@@ -304,16 +304,18 @@ class Trainer:
             self.logger.say(f"step {self.step:>{len(str(self.config.max_steps))}} | " + " | ".join(losses))
         return figures
 
-    def _read_held_out(self) -> list[TokenBatch]:
-        """This rank's part of the validation batches, on the CPU."""
-        held_out: list[TokenBatch] = []
+    def _read_held_out(self) -> list[list[TokenBatch]]:
+        """Every rank's part of the validation batches, on the CPU: a validation is split over the ranks, what a recipe
+        measures at the end is measured by all of them on all rows, or the ranks would export different figures."""
+        held_out: list[list[TokenBatch]] = [[] for _ in range(self.processes.world)]
         if self.config.training.validation_batches:
             data = dataclasses.replace(self.config.data, split="validation")
             stream = TokenStream(data, seed=0, rows_per_step=self.config.training.rows_per_step)
             sample = 0
             for _ in range(self.config.training.validation_batches):
                 plan = stream.plan(sample)
-                held_out += self._micro_batches(stream, plan)
+                for rank, part in enumerate(held_out):
+                    part += self._micro_batches(stream, plan, rank)
                 sample = plan.next_sample
         return held_out
 
@@ -502,9 +504,10 @@ class Trainer:
             self.logger.say(f"the run is finished: {checkpoint.checkpoint_path(self.run_dir, self.step)}")
             return finished
         figures = self.validate()
-        if self.held_out:
+        every = [batch.to(self.processes.device) for part in self.held_out for batch in part]
+        if every:
             with self.ema.swapped() if self.ema is not None else nullcontext(), self._evaluating():
-                measured = self.recipe.finish([batch.to(self.processes.device) for batch in self.held_out])
+                measured = self.recipe.finish(every)
             if measured:
                 figures |= measured
                 self.logger.record(self.step, dict(measured))
