@@ -42,7 +42,7 @@ def tiny_preset(directory: Path) -> Path:
         file.write_text(yaml.safe_dump(data))
     stages = yaml.safe_load((preset / "stages.yaml").read_text())
     splits = "--test-fraction 0.2 --validation-fraction 0.1"
-    stages |= {"options": {"train_tokenizer": "--vocab-size 310", "shard": splits}}
+    stages |= {"options": {"train_tokenizer": "--vocab-size 300", "shard": splits}}
     (preset / "stages.yaml").write_text(yaml.safe_dump(stages))
     task = yaml.safe_load((preset / "evaluation.yaml").read_text())
     (preset / "evaluation.yaml").write_text(yaml.safe_dump(task | {"n": 8, "min_tokens": 32}))
