@@ -38,6 +38,7 @@ def write_report(output: Path, manifest: Manifest, runs: Sequence[Path] = (), *,
     headings, rows, footnotes = table(results)
     drawn = {"quality": quality_plot(results), "reconstruction": reconstruction_plot(runs)}
     drawn |= {f"loss_{run.name}": loss_plot(run) for run in runs}
+    drawn |= {f"timesteps_{run.name}": timesteps_plot(run) for run in runs}
     plots = {name: png for name, png in drawn.items() if png is not None}
     for name, png in plots.items():
         atomic_write(output / "plots" / f"{name}.png", png)
@@ -167,12 +168,12 @@ def quality_plot(results: dict[str, Any]) -> bytes | None:
 
 
 def loss_plot(run: Path) -> bytes | None:
-    """Every series of a run's metrics.jsonl whose name holds `loss`, smoothed over raw where it is dense."""
+    """The loss and its terms, in training and validation, from a run's metrics.jsonl; smoothed where it is dense."""
     series: dict[str, tuple[list[float], list[float]]] = {}
     for record in read_log(run / "metrics.jsonl"):
         for key, value in record.items():
             plain = isinstance(value, int | float) and not isinstance(value, bool)
-            if plain and "loss" in key.lower() and "bin" not in key.lower() and "step" in record:
+            if plain and "step" in record and ("loss" in key.split("/")):
                 steps, values = series.setdefault(key, ([], []))
                 steps.append(record["step"])
                 values.append(float(value))
@@ -188,6 +189,24 @@ def loss_plot(run: Path) -> bytes | None:
     ax.set(title=f"Training of {run.name}", xlabel="step", ylabel="loss")
     ax.legend(fontsize=8, frameon=False)
     ax.set_ylim(*_limits([value for _, values in series.values() for value in values]))
+    return _png(figure)
+
+
+def timesteps_plot(run: Path) -> bytes | None:
+    """Validation loss by timestep bin beside what the best predictor that ignores its input would lose."""
+    path = run / "finished.json"
+    figures = json.loads(path.read_text()) if path.exists() else {}
+    bins = sorted(int(key.removeprefix("constant_t")) for key in figures if key.startswith("constant_t"))
+    if not bins:
+        return None
+    figure, ax = _figure()
+    centres = [(i + 0.5) / 10 for i in bins]
+    weights = "validation_ema" if f"validation_ema/loss_t{bins[0]}" in figures else "validation"
+    losses = [figures[f"{weights}/loss_t{i}"] for i in bins]
+    ax.plot(centres, [figures[f"constant_t{i}"] for i in bins], color="#9aa3ad", ls="--", label="best constant")
+    ax.plot(centres, losses, color=_COLORS[0], marker="o", ms=4, label=f"{run.name}, {weights}")
+    ax.set(xlabel="timestep (1 is noise)", ylabel="loss", title="Loss by timestep", xlim=(0, 1), ylim=(0, None))
+    ax.legend(fontsize=8, frameon=False)
     return _png(figure)
 
 
