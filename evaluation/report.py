@@ -168,12 +168,12 @@ def quality_plot(results: dict[str, Any]) -> bytes | None:
 
 
 def loss_plot(run: Path) -> bytes | None:
-    """The loss and its terms, in training and validation, from a run's metrics.jsonl; smoothed where it is dense."""
+    """The total loss in training and validation, from a run's metrics.jsonl; smoothed where it is dense."""
     series: dict[str, tuple[list[float], list[float]]] = {}
     for record in read_log(run / "metrics.jsonl"):
         for key, value in record.items():
             plain = isinstance(value, int | float) and not isinstance(value, bool)
-            if plain and "step" in record and ("loss" in key.split("/")):
+            if plain and "step" in record and key.split("/")[-1] == "loss":
                 steps, values = series.setdefault(key, ([], []))
                 steps.append(record["step"])
                 values.append(float(value))
