@@ -57,10 +57,11 @@ def tiny_preset(directory: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_from_text_to_report(tmp_path: Path, recipe: str) -> None:
+@pytest.mark.dist
+@pytest.mark.parametrize(("recipe", "processes"), [*((recipe, 1) for recipe in RECIPES), ("default", 2)])
+def test_from_text_to_report(tmp_path: Path, recipe: str, processes: int) -> None:
     preset, text = tiny_preset(tmp_path), corpus(tmp_path / "corpus.jsonl")
-    options = ["--configs", str(preset), "--recipe", recipe, "--corpus", str(text)]
+    options = ["--configs", str(preset), "--recipe", recipe, "--corpus", str(text), "--num_processes", str(processes)]
     command = [sys.executable, "launch/quickstart.py", *options]
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
