@@ -45,15 +45,6 @@ def heun_step(path: Path, denoise: Denoise, z: Tensor, x0_hat: Tensor, t: Tensor
     return torch.where(match(t_next, z) > 0, heun, euler)
 
 
-def ancestral_step(path: Path, x0: Tensor, noise: Tensor, t_next: Tensor) -> Tensor:
-    """z at `t_next` from a *sampled* x0 and fresh noise [rows, tokens, channels].
-
-    If x0 is drawn from p(x0 | z), z at t_next has the right marginal whatever the size of the step (the
-    non-Markovian process of DDIM, arXiv 2010.02502, at its most stochastic). With an x0 that is a mean it would not.
-    """
-    return path.interpolate(x0, noise, t_next)
-
-
 def sample(
     denoise: Denoise,
     path: Path,
@@ -73,7 +64,9 @@ def sample(
             z = heun_step(path, denoise, z, x0_hat, t, t_next)
         elif method == "ancestral":
             assert fresh_noise is not None
-            z = ancestral_step(path, x0_hat, fresh_noise(), t_next)
+            # DDIM (arXiv 2010.02502) at its most stochastic: with x0 drawn from p(x0 | z), z at t_next has the right
+            # marginal whatever the size of the step; with an x0 that is a mean it would not
+            z = path.interpolate(x0_hat, fresh_noise(), t_next)
         else:
             z = euler_step(path, z, x0_hat, t, t_next)
     return z

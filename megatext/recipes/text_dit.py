@@ -155,7 +155,7 @@ class TextDiTTraining(nn.Module):
         per_token = self._loss_per_token(predicted, noisy, latents, noise, tokens, t)
         sums, counts = objectives.by_timestep_bin(per_token.detach(), t, loss_mask, TIMESTEP_BINS)
         metrics = {f"loss_t{i}": (sums[i], counts[i]) for i in range(TIMESTEP_BINS)}
-        return Output({"flow": per_token.masked_fill(~loss_mask, 0.0).sum()}, metrics)
+        return Output({"flow": objectives.masked_sum(per_token, loss_mask)[0]}, metrics)
 
     def logits(self, predicted: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         """Token logits, with the likelihood of the noisy latent added where the recipe says so."""
@@ -176,10 +176,9 @@ class TextDiTTraining(nn.Module):
     ) -> Tensor:
         """float32 `[rows, columns]`: nats of a token, or squared error averaged over channels."""
         if self.flow.objective == "token_cross_entropy":
-            logits = self.logits(predicted, noisy, t)
-            return nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(t)
+            return objectives.token_losses(self.logits(predicted, noisy, t), tokens)
         goal = self.path.velocity(latents, noise, t) if self.flow.objective == "velocity" else latents
-        return (predicted - goal).square().mean(dim=-1)
+        return objectives.squared_error(predicted, goal)
 
 
 def make_module(config: TextDiTRecipeConfig, vae: TextVAE) -> TextDiTTraining:
