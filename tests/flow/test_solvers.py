@@ -93,3 +93,25 @@ def test_guidance() -> None:
     assert guidance.active(0.9, 2.0, (0.9, 1.0))
     assert not guidance.active(0.5, 2.0, (0.9, 1.0))
     assert not guidance.active(0.5, 1.0, (0.0, 1.0))
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10])
+def test_ancestral_sampling_is_right_in_any_number_of_steps(steps: int) -> None:
+    """Two points with weights 0.3 and 0.7, posterior known: the samples keep the weights."""
+    path, points, weights = Linear(), torch.tensor([-1.0, 1.0]), torch.tensor([0.3, 0.7])
+    random = torch.Generator().manual_seed(steps)
+    z = torch.randn(20_000, 1, 1, generator=random)
+    last = z
+
+    def denoise(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        nonlocal last
+        distance = (z - (1 - t) * points).square()  # [rows, 1, 2]
+        posterior = (weights.log() - distance / (2 * t * t)).softmax(-1)
+        chosen = torch.rand(z.shape, generator=random) < posterior[..., 1:]
+        last = torch.where(chosen, 1.0, -1.0)
+        return last
+
+    grid = torch.linspace(1, 0, steps + 1)
+    out = sample(denoise, path, z, grid, "ancestral", lambda: torch.randn(z.shape, generator=random))
+    assert torch.equal(out, last)  # at t = 0 the sample itself
+    assert float((out > 0).float().mean()) == pytest.approx(0.7, abs=0.015)
