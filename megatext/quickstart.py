@@ -104,13 +104,20 @@ class Quickstart:
         if self.recipe == "default":
             self._train("token_vae", needs=["shard"])
             vaes, dit = ["vae", "token_vae"], "dit"
-        directory = Path(self._read(dit)["dit"]["vae"])
-        lives_on = [vae for vae in vaes if self._model(vae) == directory]
-        if not lives_on:
-            trained = ", ".join(str(self._model(vae)) for vae in vaes)
-            raise ConfigError(f"{self.configs}/{dit}.yaml: dit.vae is {directory}, but trained here is {trained}")
-        self._train(dit, needs=["shard", f"export_{lives_on[0]}"], export_options="--ema ")
+        system = self._read(dit)["dit"]
+        needs = ["shard", self._export_of("vae", system["vae"], vaes, dit)]
+        if system.get("warm_start"):
+            needs.append(self._export_of("warm_start", system["warm_start"], ["lm"], dit))
+        self._train(dit, needs=needs, export_options="--ema ")
         return dit, [self._read(run)["run_dir"] for run in ["lm", *vaes, dit]]
+
+    def _export_of(self, key: str, directory: str, runs: list[str], dit: str) -> str:
+        """The stage that exports the model which `dit` names under `key`; it has to be one of `runs`."""
+        for run in runs:
+            if self._model(run) == Path(directory):
+                return f"export_{run}"
+        trained = ", ".join(str(self._model(run)) for run in runs)
+        raise ConfigError(f"{self.configs}/{dit}.yaml: dit.{key} is {directory}, but trained here is {trained}")
 
     def _train(self, run: str, needs: list[str], export_options: str = "") -> None:
         config, ranks = self.configs / f"{run}.yaml", self.num_processes

@@ -28,23 +28,6 @@ def masked_sum(per_token: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return per_token.float().masked_fill(~mask, 0.0).sum(), mask.sum(dtype=torch.float32)
 
 
-def velocity_mse(
-    path: Path, predicted: Tensor, x0: Tensor, noise: Tensor, t: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Squared error of a predicted velocity [rows, tokens, channels], mean over channels, summed over tokens."""
-    return masked_sum(squared_error(predicted, path.velocity(x0, noise, t)), mask)
-
-
-def x0_mse(predicted: Tensor, x0: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared error of predicted clean latents [rows, tokens, channels], mean over channels, summed over tokens."""
-    return masked_sum(squared_error(predicted, x0), mask)
-
-
-def token_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy in nats of logits [rows, tokens, vocab] against int64 targets [rows, tokens]."""
-    return masked_sum(token_losses(logits, targets), mask)
-
-
 def expected_latent(logits: Tensor, table: Tensor, temperature: float = 1.0) -> Tensor:
     """Score interpolation (CDCD): x0_hat = softmax(logits / temperature) @ table.
 

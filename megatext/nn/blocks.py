@@ -71,12 +71,16 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(self.head_width, eps=1e-6) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, past: KeysValues | None = None
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, past: KeysValues | None = None, mix: bool = True
     ) -> tuple[Tensor, KeysValues]:
-        """x `[rows, tokens, width]` -> (output, own keys and values); `past` ones stand before the row's own."""
+        """x `[rows, tokens, width]` -> (output, own keys and values); `past` ones stand before the row's own. Without
+        `mix` only the keys and values are worked out and x is returned as it came."""
         rows, tokens, width = x.shape
         q, k, v = self.qkv(x).view(rows, tokens, 3, self.heads, self.head_width).permute(2, 0, 3, 1, 4)
-        q, k = apply_rope(self.q_norm(q), *rope), apply_rope(self.k_norm(k), *rope)
+        k = apply_rope(self.k_norm(k), *rope)
+        if not mix:
+            return x, (k, v)
+        q = apply_rope(self.q_norm(q), *rope)
         keys, values = (k, v) if past is None else (torch.cat((past[0], k), 2), torch.cat((past[1], v), 2))
         mixed = attend(q, keys, values, mask).transpose(1, 2).reshape(rows, tokens, width)
         return self.out(mixed), (k, v)
@@ -118,11 +122,15 @@ class Block(nn.Module):
         mask: Mask,
         condition: tuple[Tensor, Tensor] | None = None,
         past: KeysValues | None = None,
+        mix: bool = True,
     ) -> tuple[Tensor, KeysValues]:
         """`condition` is (embedding `[distinct, width]`, index `[rows, tokens]`): modulation is computed once for
-        each distinct timestep and gathered, not once a token. Returns x and the block's keys and values."""
+        each distinct timestep and gathered, not once a token. Returns x and the block's keys and values; without
+        `mix` only these are worked out and x means nothing."""
         if self.modulation is None:
-            mixed, own = self.attention(self.attention_norm(x), rope, mask, past)
+            mixed, own = self.attention(self.attention_norm(x), rope, mask, past, mix)
+            if not mix:
+                return x, own
             x = x + mixed
             return x + self.mlp(self.mlp_norm(x)), own
         assert condition is not None
@@ -130,7 +138,9 @@ class Block(nn.Module):
         table = self.modulation(F.silu(embedding))
         # an embedding look-up: its backward is several times faster than that of indexing, on CPU
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = F.embedding(index, table).chunk(6, dim=-1)
-        mixed, own = self.attention(self.attention_norm(x) * (1 + scale_a) + shift_a, rope, mask, past)
+        mixed, own = self.attention(self.attention_norm(x) * (1 + scale_a) + shift_a, rope, mask, past, mix)
+        if not mix:
+            return x, own
         x = x + gate_a * mixed
         return x + gate_m * self.mlp(self.mlp_norm(x) * (1 + scale_m) + shift_m), own
 
@@ -153,20 +163,23 @@ class Trunk(nn.Module):
         mask: Mask,
         condition: tuple[Tensor, Tensor] | None = None,
         past: Sequence[KeysValues] | None = None,
+        only_keys_values: bool = False,
     ) -> tuple[Tensor, list[KeysValues]]:
         """x `[rows, tokens, width]`, `position [rows, tokens]` -> (output, keys and values a block). `past` holds, a
-        block, those of tokens that stand before the row's own: a KV cache, or the clean copy in training."""
+        block, those of tokens that stand before the row's own: a KV cache, or the clean copy in training. With
+        `only_keys_values` the last block stops there and the output means nothing."""
         rope = rope_tables(position, self.config.width // self.config.heads, self.config.rope_theta)
         every = self.config.activation_checkpointing
         kept = []
         for i, block in enumerate(self.blocks):
             before = None if past is None else past[i]
+            mix = not (only_keys_values and block is self.blocks[-1])
             if every and i % every == 0 and self.training and torch.is_grad_enabled():
-                x, own = checkpoint(block, x, rope, mask, condition, before, use_reentrant=False)
+                x, own = checkpoint(block, x, rope, mask, condition, before, mix, use_reentrant=False)
             else:
-                x, own = block(x, rope, mask, condition, before)
+                x, own = block(x, rope, mask, condition, before, mix)
             kept.append(own)
-        return self.norm(x), kept
+        return (x if only_keys_values else self.norm(x)), kept
 
 
 class TimestepEmbedding(nn.Module):

@@ -25,9 +25,12 @@ class TextDiTConfig:
     self_conditioning: bool = False
     """Feed the previous x0 estimate back in (Analog Bits, arXiv 2208.04202)."""
     token_embedding: bool = False
-    """Clean tokens enter by a learned embedding beside their latents, tied to the token head, and a noisy token whose
-    left neighbour is clean is told that neighbour: frozen latents say which token it is, not what it means. Needs
-    output: tokens."""
+    """Clean tokens enter by a learned embedding instead of their latents, tied to the token head, and a noisy token
+    whose left neighbour is clean is told that neighbour: frozen latents say which token it is, not what it means.
+    Needs output: tokens."""
+    input_scale: float = 1.0
+    """Scale of what enters the first block. 1: variance 1 a channel at initialisation; a trunk that was a language
+    model is used to its embedding's, 1 / sqrt(width)."""
     role_embedding: bool = True
     """A learned vector that tells target from context; without it only the timestep does."""
 
@@ -74,23 +77,23 @@ class TextDiT(nn.Module):
     ) -> tuple[Tensor, list[KeysValues]]:
         """latents `[rows, tokens, channels]`; `timesteps [distinct]` float32 and `timestep_index [rows, tokens]` into
         it; `position [rows, tokens]`; `target` bool `[rows, tokens]` (to be generated); `tokens` int64
-        `[rows, tokens]` where these are known (history), `neighbours` like it the tokens to the left, -1 where not
-        clean; `past` keys and values of tokens before these. Returns the prediction `[rows, tokens, channels or
-        vocab_size]` (without `predict` the trunk's output) and the tokens' own keys and values."""
+        `[rows, tokens]` where all of these are known (history), `neighbours` like it the tokens to the left, -1 where
+        not clean; `past` keys and values of tokens before these. Returns the prediction `[rows, tokens, channels or
+        vocab_size]` and the tokens' own keys and values; without `predict` only the latter mean anything."""
         if self.config.self_conditioning:
             # context has no estimate: its latents are known
             previous = torch.zeros_like(latents) if self_condition is None else self_condition * target[..., None]
             latents = torch.cat((latents, previous), dim=-1)
-        x = self.latent_in(latents.to(self.latent_in.weight.dtype))
-        if self.token_embedding is not None:
-            scale = self.config.trunk.width**0.5
-            if tokens is not None:
-                x = x + self.token_embedding(tokens) * scale
-            if neighbours is not None:
-                left = self.neighbour_embedding(neighbours.clamp(min=0)) * scale
-                x = x + left.masked_fill((neighbours < 0)[..., None], 0.0)
+        scale = self.config.input_scale * self.config.trunk.width**0.5
+        if self.token_embedding is not None and tokens is not None:
+            x = self.token_embedding(tokens) * scale
+        else:
+            x = self.latent_in(latents.to(self.latent_in.weight.dtype)) * self.config.input_scale
+        if self.token_embedding is not None and neighbours is not None:
+            left = self.neighbour_embedding(neighbours.clamp(min=0)) * scale
+            x = x + left.masked_fill((neighbours < 0)[..., None], 0.0)
         if self.role is not None:
             x = x + self.role(target.long())
         condition = (self.timestep(timesteps), timestep_index) if self.timestep is not None else None
-        x, kept = self.trunk(x, position, mask, condition, past)
+        x, kept = self.trunk(x, position, mask, condition, past, only_keys_values=not predict)
         return (self.head(x) if predict else x), kept

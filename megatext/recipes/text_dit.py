@@ -28,6 +28,7 @@ from megatext.nn.text_vae import TextVAE
 from megatext.recipes.base import Output, Prepared, Recipe
 from megatext.recipes.draws import RowDraws
 from megatext.recipes.pretrained import load_text_vae, write_model
+from megatext.recipes.warm_start import load_language_model
 from megatext.training.trainer import RunConfig
 
 TIMESTEP_BINS = 10
@@ -70,6 +71,8 @@ class TextDiTRecipeConfig:
 
     vae: str = ""
     """Directory of the exported TextVAE (frozen)."""
+    warm_start: str = ""
+    """Directory of a Hugging Face Qwen3 model of the trunk's sizes that the trunk starts from; empty: random."""
     network: TextDiTConfig = field(default_factory=TextDiTConfig)
     """The denoiser."""
     flow: FlowConfig = field(default_factory=FlowConfig)
@@ -224,6 +227,8 @@ class TextDiTRecipe(Recipe):
         initialise(
             self.module, lambda name, p: torch.randn(p.shape, generator=rng.generator(self.seed, f"init/{name}"))
         )
+        if config.dit.warm_start:
+            load_language_model(self.module.network, config.dit.warm_start, self.tokenizer_fingerprint)
 
     def to(self, device: torch.device) -> None:
         self.vae.to(device)

@@ -12,7 +12,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -51,6 +51,9 @@ OWNED_KEYS = {
 """Keys that DeepSpeed knows and the run's configuration decides, with where."""
 
 
+Precision = Literal["auto", "bf16", "fp32"]
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process among the others, and its device."""
@@ -82,6 +85,19 @@ def start_processes() -> Processes:
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def chosen_precision(asked: Precision, processes: Processes) -> Precision:
+    """`training.precision` with auto decided: bf16 where the hardware of every process has it. A collective."""
+    if asked != "auto":
+        return asked
+    if processes.device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    found = [False] * processes.world
+    torch.distributed.all_gather_object(found, has_bf16)
+    return "bf16" if all(found) else "fp32"
 
 
 def _free_port() -> int:

@@ -27,7 +27,15 @@ from megatext.data.stream import DataConfig, TokenStream
 from megatext.recipes.base import Output, Prepared, Recipe
 from megatext.training import checkpoint, partitions
 from megatext.training.ema import EMA
-from megatext.training.engine import Processes, accumulation_steps, build_engine, deepspeed_json, start_processes
+from megatext.training.engine import (
+    Precision,
+    Processes,
+    accumulation_steps,
+    build_engine,
+    chosen_precision,
+    deepspeed_json,
+    start_processes,
+)
 from megatext.training.guards import StepGuard
 from megatext.training.metrics import Clock, Logger, LoggingConfig, Meter, console_line, memory_gib, peak_tflops
 from megatext.training.optimizer import OptimizerConfig, build_optimizer
@@ -45,8 +53,9 @@ class TrainingConfig:
     """Rows of a global batch, over all processes and micro-batches."""
     micro_batch_rows: int = 32
     """Rows in one forward pass of one process; accumulation follows."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Of weights and activations; master weights, accumulation and reduction are fp32."""
+    precision: Precision = "auto"
+    """Of weights and activations; master weights, accumulation and reduction are fp32. auto: bf16 where the hardware
+    multiplies in it, fp32 elsewhere (a CPU without AVX-512-BF16 or AMX does bf16 hundreds of times slower)."""
     ema_decay: float | None = 0.999
     """Decay of the average of the weights, warmed up from 0.1; None keeps no average."""
     compile: bool = False
@@ -103,6 +112,8 @@ def train(
     Every process of the run calls it. Exits with REQUEUE_EXIT_CODE after SIGTERM or SIGUSR1.
     """
     processes = start_processes()
+    precision = chosen_precision(config.training.precision, processes)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precision))
     if dry_run:
         from megatext.training.estimate import dry_run as estimate_and_try
 

@@ -27,11 +27,12 @@ def test_losses_are_dense_loops_over_the_mask(generator: torch.Generator) -> Non
         expected["velocity"] += (predicted[row, token] - velocity).square().mean().item()
         expected["x0"] += (predicted[row, token] - x0[row, token]).square().mean().item()
         expected["tokens"] -= logits[row, token].log_softmax(-1)[targets[row, token]].item()
-    for name, (total, count) in {
-        "velocity": objectives.velocity_mse(Linear(), predicted, x0, noise, t, mask),
-        "x0": objectives.x0_mse(predicted, x0, mask),
-        "tokens": objectives.token_cross_entropy(logits, targets, mask),
+    for name, per_token in {
+        "velocity": objectives.squared_error(predicted, Linear().velocity(x0, noise, t)),
+        "x0": objectives.squared_error(predicted, x0),
+        "tokens": objectives.token_losses(logits, targets),
     }.items():
+        total, count = objectives.masked_sum(per_token, mask)
         assert total.dtype == count.dtype == torch.float32
         assert total.item() == pytest.approx(expected[name], rel=1e-5)
         assert count.item() == mask.sum()
@@ -39,7 +40,8 @@ def test_losses_are_dense_loops_over_the_mask(generator: torch.Generator) -> Non
 
 def test_an_empty_mask_is_a_zero_with_zero_gradient(generator: torch.Generator) -> None:
     predicted = torch.randn(1, 2, CHANNELS, generator=generator, requires_grad=True)
-    total, count = objectives.x0_mse(predicted, torch.zeros(1, 2, CHANNELS), torch.zeros(1, 2, dtype=torch.bool))
+    per_token = objectives.squared_error(predicted, torch.zeros(1, 2, CHANNELS))
+    total, count = objectives.masked_sum(per_token, torch.zeros(1, 2, dtype=torch.bool))
     total.backward()
     assert total == 0 and count == 0 and predicted.grad is not None and (predicted.grad == 0).all()
 
