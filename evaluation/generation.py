@@ -23,6 +23,8 @@ class Generations:
     """What wrote, by content: weights, tokenizer, sampling, code."""
     weights: str | None
     """Hash of the model directory; None for rows without one."""
+    started_from: str | None
+    """Hash of the model its training started from; None where it started from random weights."""
     manifest: str
     """Hash of the manifest the texts belong to."""
     seed: int
@@ -69,6 +71,7 @@ def generate(
         entry=entry,
         fingerprint=writer.fingerprint,
         weights=writer.weights,
+        started_from=writer.started_from,
         manifest=manifest.hash,
         seed=seed,
         texts=[record["text"] for record in records],

@@ -10,7 +10,7 @@ from typing import Any
 
 from evaluation.files import atomic_write, read_jsonl, read_log
 from evaluation.manifest import Manifest
-from evaluation.scoring import COLUMNS, table
+from evaluation.scoring import COLUMNS, MARKS, table
 from megatext.data import DataError
 
 _TEMPLATE = Path(__file__).parent / "report.html.j2"
@@ -101,7 +101,7 @@ def _cell(text: str, name: str, key: str, system: dict[str, Any]) -> dict[str, s
         title = f"{metric['spread_kind']}, n = {metric['n']}"
         if metric.get("ci95"):
             title += f"; 95 % interval {metric['ci95'][0]:.{digits}f} to {metric['ci95'][1]:.{digits}f}"
-    bare = text.rstrip("†‡")
+    bare = text.rstrip(MARKS)
     return {
         "text": bare,
         "mark": text[len(bare) :],

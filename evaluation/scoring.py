@@ -20,6 +20,7 @@ from evaluation.files import atomic_write, hash_of, hash_of_code, hash_of_model
 from evaluation.generation import Generations, refuse_other_manifests
 from evaluation.manifest import Manifest
 from megatext.config import ConfigError
+from megatext.recipes.pretrained import weights_hash
 
 METRICS = ("judge", "rouge", "bertscore", "mauve")
 
@@ -381,6 +382,8 @@ class _Scorer:
             "fingerprint": item.fingerprint,
             "weights": item.weights,
             "is_judge": item.weights is not None and item.weights == self._judge_hash,
+            "started_from_judge": item.started_from is not None
+            and item.started_from == weights_hash(self.config.judge),
             "seed": item.seed,
             "n": self.n,
             "seconds_per_sample": item.seconds_per_sample,
@@ -424,6 +427,9 @@ def _versions() -> dict[str, str]:
     return found
 
 
+MARKS = "†‡*"
+"""Marks that hang behind a cell and point to a footnote."""
+
 # The console's and the report's table: (key, heading, digits).
 COLUMNS = (
     ("gap", "G", 3),
@@ -447,8 +453,8 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], list[str
         for key, _, digits in COLUMNS:
             metric = system["metrics"].get(key)
             text = "-" if metric is None or metric["value"] is None else f"{metric['value']:.{digits}f}"
-            if key == "gap" and system["is_judge"] and text != "-":
-                text += "†"
+            if key == "gap" and text != "-":
+                text += "†" if system["is_judge"] else "*" if system["started_from_judge"] else ""
             if key in ("entropy", "distinct2") and text != "-" and metric["below_budget"]:
                 text += "‡"
             cells.append(text)
@@ -459,6 +465,10 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], list[str
         footnotes.append(
             "† judges itself: this system is the judge, so its G and nll say how it samples, not how good it is."
         )
+    if any(cell.endswith("*") for row in rows for cell in row):
+        footnotes.append(
+            "* started from the judge's weights and may share its tastes: score again with a judge of another seed."
+        )
     if any(cell.endswith("‡") for row in rows for cell in row):
         budget = results["parameters"]["judge"]["token_budget"]
         footnotes.append(f"‡ wrote fewer than the {budget} tokens that the other rows are measured on.")
@@ -468,12 +478,12 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], list[str
 def console_table(results: dict[str, Any]) -> str:
     """The table with aligned columns, for a terminal."""
     headings, rows, footnotes = table(results)
-    widths = [max(len(row[i].rstrip("†‡")) for row in [headings, *rows]) for i in range(len(headings))]
+    widths = [max(len(row[i].rstrip(MARKS)) for row in [headings, *rows]) for i in range(len(headings))]
 
     def line(cells: list[str]) -> str:
         # Marks hang behind the column, so that digits stay under digits.
-        marks = [cell[len(cell.rstrip("†‡")) :] for cell in cells]
-        bare = [cell.rstrip("†‡") for cell in cells]
+        marks = [cell[len(cell.rstrip(MARKS)) :] for cell in cells]
+        bare = [cell.rstrip(MARKS) for cell in cells]
         padded = [bare[0].ljust(widths[0])] + [
             text.rjust(width) for text, width in zip(bare[1:], widths[1:], strict=True)
         ]

@@ -67,6 +67,8 @@ class Writer(ABC):
     """What writes, by content: two writers of one fingerprint write the same."""
     weights: str | None = None
     """hash_of_model of the directory; None without one."""
+    started_from: str | None = None
+    """weights_hash of the model that this one's training started from; None where it started from random weights."""
     timed: bool = False
     """Whether seconds per text mean anything."""
     ids_tokenizer: str | None = None
@@ -190,8 +192,10 @@ class ModelWriter(Writer):
     def __init__(self, directory: Path, entry: SystemEntry, device: str) -> None:
         import megatext
         from megatext.generation.sampling import SamplingConfig
+        from megatext.recipes.pretrained import read_description
 
         self.weights = hash_of_model(directory)
+        self.started_from = read_description(directory, "text_dit").get("warm_start_hash")
         self._directory = directory
         self._device = device
         self._sampling = from_dict(SamplingConfig, entry.sampling, where=f"system {entry.name}, sampling")

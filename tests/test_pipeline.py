@@ -34,6 +34,7 @@ def tiny_preset(directory: Path) -> Path:
         text = file.read_text().replace("runs/quickstart", str(directory / "work"))
         for key, value in (("width", 32), ("heads", 2), ("layers", 3)):
             text = re.sub(rf"\b{key}: [1-9]\d*", f"{key}: {value}", text)
+        text = text.replace("mlp_ratio: 2.75", "mlp_ratio: 4.0")  # the language model's width is a multiple of 64
         data = yaml.safe_load(text)
         if "max_steps" in data:
             data |= {"max_steps": 4, "save_every_steps": 2}
@@ -70,6 +71,7 @@ def test_from_text_to_report(tmp_path: Path, recipe: str, processes: int) -> Non
     rows = [row["name"] for row in json.loads((results / "results.json").read_text())["systems"]]
     assert {"human", "shuffled", "AR T=1"} <= set(rows)
     assert "AR T=1" in first.stdout
+    assert ("* started from the judge's weights" in first.stdout) == (recipe == "default")
     assert str(results / "report.html") in first.stdout
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr

@@ -28,9 +28,9 @@ class TextDiTConfig:
     """Clean tokens enter by a learned embedding instead of their latents, tied to the token head, and a noisy token
     whose left neighbour is clean is told that neighbour: frozen latents say which token it is, not what it means.
     Needs output: tokens."""
-    input_scale: float = 1.0
-    """Scale of what enters the first block. 1: variance 1 a channel at initialisation; a trunk that was a language
-    model is used to its embedding's, 1 / sqrt(width)."""
+    unit_input: bool = True
+    """What enters the first block has variance 1 a channel at initialisation. False: 1 / width, as in language models,
+    which warm_start needs."""
     role_embedding: bool = True
     """A learned vector that tells target from context; without it only the timestep does."""
 
@@ -84,11 +84,12 @@ class TextDiT(nn.Module):
             # context has no estimate: its latents are known
             previous = torch.zeros_like(latents) if self_condition is None else self_condition * target[..., None]
             latents = torch.cat((latents, previous), dim=-1)
-        scale = self.config.input_scale * self.config.trunk.width**0.5
+        scale = self.config.trunk.width**0.5 if self.config.unit_input else 1.0  # of an embedding
         if self.token_embedding is not None and tokens is not None:
             x = self.token_embedding(tokens) * scale
         else:
-            x = self.latent_in(latents.to(self.latent_in.weight.dtype)) * self.config.input_scale
+            x = self.latent_in(latents.to(self.latent_in.weight.dtype))
+            x = x if self.config.unit_input else x * self.config.trunk.width**-0.5
         if self.token_embedding is not None and neighbours is not None:
             left = self.neighbour_embedding(neighbours.clamp(min=0)) * scale
             x = x + left.masked_fill((neighbours < 0)[..., None], 0.0)

@@ -15,17 +15,26 @@ from megatext.tokenizer import load_tokenizer
 
 
 def weights_hash(directory: str | Path) -> str:
-    """sha256 of a model's weights and description: what a DiT remembers of its VAE."""
+    """sha256 of a model's weights and description: what a DiT remembers of its VAE and of what it started from."""
     digest = hashlib.sha256()
-    for name in ("config.json", "model.safetensors"):
-        digest.update((Path(directory) / name).read_bytes())
+    for path in [Path(directory) / "config.json", *sorted(Path(directory).glob("*.safetensors"))]:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
 def write_model(
-    output: Path, kind: str, config: Any, weights: dict[str, Tensor], *, tokenizer: Path, vae: Path | None = None
+    output: Path,
+    kind: str,
+    config: Any,
+    weights: dict[str, Tensor],
+    *,
+    tokenizer: Path,
+    vae: Path | None = None,
+    warm_start: str | Path = "",
 ) -> None:
-    """Write a self-contained model directory; `vae` is copied into it and its hash recorded."""
+    """Write a self-contained model directory; `vae` is copied into it and its hash recorded, as is the hash of the
+    model that training started from."""
     output.mkdir(parents=True, exist_ok=True)
     loaded = load_tokenizer(tokenizer)
     loaded.save(output)
@@ -33,6 +42,8 @@ def write_model(
     if vae is not None:
         shutil.copytree(vae, output / "vae", dirs_exist_ok=True)
         description["vae_hash"] = weights_hash(vae)
+    if warm_start:
+        description["warm_start_hash"] = weights_hash(warm_start)
     save_file({name: value.contiguous() for name, value in weights.items()}, output / "model.safetensors")
     (output / "config.json").write_text(json.dumps(description, indent=2) + "\n")
 

@@ -371,7 +371,8 @@ class TextDiTRecipe(Recipe):
         weights = {k.removeprefix("network."): v for k, v in state_dict.items() if k.startswith("network.")}
         if self.config.network.token_embedding:
             del weights["head.weight"]  # tied: stored once
-        write_model(output, "text_dit", self.config, weights, tokenizer=self.vae_directory, vae=self.vae_directory)
+        vae, warm_start = self.vae_directory, self.config.warm_start
+        write_model(output, "text_dit", self.config, weights, tokenizer=vae, vae=vae, warm_start=warm_start)
 
 
 def build(config: PretrainDiTConfig) -> TextDiTRecipe:

@@ -87,7 +87,7 @@ def _check_fit(network: TextDiT, lm_config: Any, directory: str | Path) -> None:
         "trunk.qk_norm": (trunk.qk_norm, True),
         "trunk.rope_theta": (trunk.rope_theta, lm_config.rope_parameters["rope_theta"]),
         "trunk.initial_gate": (trunk.initial_gate, 1.0),
-        "input_scale": (network.config.input_scale, width**-0.5),
+        "unit_input": (network.config.unit_input, False),
     }
     for name, (have, want) in wanted.items():
         if have != want:

@@ -69,7 +69,7 @@ def test_results_of_another_manifest_are_refused(task_file: Path, tmp_path: Path
     task = load_task(str(task_file))
     first, second = build_manifest(task), build_manifest(replace(task, seed=1))
     texts = [sample.target for sample in first.samples]
-    written = Generations(SystemEntry("human", "human"), "f", None, first.hash, 0, texts, None, None, None, [])
+    written = Generations(SystemEntry("human", "human"), "f", None, None, first.hash, 0, texts, None, None, None, [])
     with pytest.raises(DataError, match="never compared"):
         refuse_other_manifests([written], second, "here")
     foreign = tmp_path / "foreign.jsonl"

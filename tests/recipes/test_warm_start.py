@@ -1,28 +1,29 @@
 """A trunk that starts as a language model computes what the language model computes: transformers is the oracle."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from megatext.config import ConfigError
 from megatext.nn.attention import make_mask
 from megatext.nn.blocks import TrunkConfig, initialise
 from megatext.nn.dit import TextDiT, TextDiTConfig
 from megatext.nn.layout import Layout
+from megatext.recipes.pretrained import read_description, weights_hash, write_model
 from megatext.recipes.warm_start import load_language_model
 from megatext.tokenizer import load_tokenizer
 
 TRUNK = TrunkConfig(layers=3, width=32, heads=4, mlp_ratio=2.75, mlp="swiglu", norm="rms", initial_gate=1.0)
-NETWORK = TextDiTConfig(trunk=TRUNK, output="tokens", token_embedding=True, role_embedding=False, input_scale=32**-0.5)
+NETWORK = TextDiTConfig(trunk=TRUNK, output="tokens", token_embedding=True, role_embedding=False, unit_input=False)
 
 
 @pytest.fixture(scope="module")
 def language_model(tmp_path_factory: pytest.TempPathFactory, tokenizer_directory: Path) -> Path:
     """A random Qwen3 model with norms that are not 1, and grouped keys and values."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
     torch.manual_seed(0)
     tokenizer = load_tokenizer(tokenizer_directory)
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -46,8 +47,6 @@ def make_network(config: TextDiTConfig, vocab_size: int) -> TextDiT:
 
 
 def test_clean_tokens_are_read_as_the_language_model_reads_them(language_model: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
     tokenizer = load_tokenizer(language_model)
     network = make_network(NETWORK, tokenizer.vocab_size)
     load_language_model(network, language_model, tokenizer.fingerprint())
@@ -80,7 +79,7 @@ def test_clean_tokens_are_read_as_the_language_model_reads_them(language_model: 
         (replace(NETWORK, trunk=replace(TRUNK, layers=2)), "trunk.layers 3, it is 2"),
         (replace(NETWORK, trunk=replace(TRUNK, mlp="gelu")), "trunk.mlp swiglu, it is gelu"),
         (replace(NETWORK, trunk=replace(TRUNK, initial_gate=0.0)), "trunk.initial_gate 1.0, it is 0.0"),
-        (replace(NETWORK, input_scale=1.0), "input_scale 0.17"),
+        (replace(NETWORK, unit_input=True), "unit_input False"),
         (replace(NETWORK, token_embedding=False), "token_embedding: true"),
     ],
 )
@@ -96,3 +95,13 @@ def test_another_tokenizer_and_another_folder_are_refused(language_model: Path, 
         load_language_model(network, language_model, "another")
     with pytest.raises(ConfigError, match=r"no config\.json"):
         load_language_model(network, tmp_path, "another")
+
+
+def test_export_remembers_what_it_started_from(language_model: Path, tmp_path: Path) -> None:
+    write_model(tmp_path / "out", "text_dit", NETWORK, {}, tokenizer=language_model, warm_start=language_model)
+    assert read_description(tmp_path / "out", "text_dit")["warm_start_hash"] == weights_hash(language_model)
+    before = weights_hash(language_model)
+    changed = tmp_path / "changed"
+    shutil.copytree(language_model, changed)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(changed)).save_pretrained(changed)
+    assert weights_hash(language_model) == before != weights_hash(changed)
