@@ -123,7 +123,8 @@ def save_yaml(config: Any, path: Path) -> None:
 
 @contextmanager
 def cli_errors() -> Iterator[None]:
-    """Around a program's main: bad configuration and bad data end in one line `error: ...` and exit status 1."""
+    """Around a program's main: bad configuration, bad data and files that cannot be read or written end in one line
+    `error: ...` and exit status 1."""
     from megatext.data import DataError
 
     try:
@@ -132,6 +133,11 @@ def cli_errors() -> Iterator[None]:
         rank = int(os.environ.get("RANK", "0"))
         if rank == 0 or not isinstance(error, ConfigError):  # a wrong configuration is wrong on all ranks alike
             print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 
@@ -148,6 +154,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _parse_value(name: str, text: str) -> Any:
+    if not text:
+        return ""  # null is how None is written
     try:
         # OmegaConf's YAML grammar, so that 1e-4 is a float here as it is in a file.
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]  # type: ignore[index,call-overload]

@@ -6,6 +6,7 @@ from pathlib import Path
 from megatext.config import ConfigError, from_dict
 from megatext.recipes import build_recipe, config_class
 from megatext.training import checkpoint
+from megatext.training.trainer import check_built_on
 
 
 def export(run: Path, output: Path, *, ema: bool = False, step: int | None = None) -> Path:
@@ -19,8 +20,10 @@ def export(run: Path, output: Path, *, ema: bool = False, step: int | None = Non
         raise ConfigError(f"{path} has no averaged weights (training.ema_decay was null); export without --ema")
     where = str(path / "meta.json")
     config = from_dict(config_class(reader.meta["config_class"]), reader.meta["config"], where)
+    recipe = build_recipe(config)
+    check_built_on(path, reader.meta.get("built_on", {}), recipe.built_on)
     output.mkdir(parents=True, exist_ok=True)
-    build_recipe(config).export(reader.state_dict("ema" if ema else "master"), output)
+    recipe.export(reader.state_dict("ema" if ema else "master"), output)
     return path
 
 

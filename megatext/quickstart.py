@@ -108,7 +108,7 @@ class Quickstart:
         needs = ["shard", self._export_of("vae", system["vae"], vaes, dit)]
         if system.get("warm_start"):
             needs.append(self._export_of("warm_start", system["warm_start"], ["lm"], dit))
-        self._train(dit, needs=needs, export_options="--ema ")
+        self._train(dit, needs=needs)
         return dit, [self._read(run)["run_dir"] for run in ["lm", *vaes, dit]]
 
     def _export_of(self, key: str, directory: str, runs: list[str], dit: str) -> str:
@@ -119,13 +119,15 @@ class Quickstart:
         trained = ", ".join(str(self._model(run)) for run in runs)
         raise ConfigError(f"{self.configs}/{dit}.yaml: dit.{key} is {directory}, but trained here is {trained}")
 
-    def _train(self, run: str, needs: list[str], export_options: str = "") -> None:
+    def _train(self, run: str, needs: list[str]) -> None:
         config, ranks = self.configs / f"{run}.yaml", self.num_processes
-        run_dir, model = self._read(run)["run_dir"], self._model(run)
+        settings, model = self._read(run), self._model(run)
+        run_dir, rows = settings["run_dir"], settings["training"]["rows_per_step"]
+        several = f" --deepspeed_config ds_configs/zero3.json --training.micro_batch_rows {max(1, rows // ranks)}"
         self._add(
             f"pretrain_{run}",
             f"deepspeed --quiet --num_gpus {ranks} launch/pretrain_{RUNS[run]}.py --config {config}"
-            + (" --deepspeed_config ds_configs/zero3.json" if ranks > 1 else ""),
+            + (several if ranks > 1 else ""),
             writes=[Path(run_dir)],
             needs=needs,
             reads=[config],
@@ -134,7 +136,7 @@ class Quickstart:
         )
         self._add(
             f"export_{run}",
-            f"python launch/export.py --run {run_dir} {export_options}--output {model}",
+            f"python launch/export.py --run {run_dir} --ema --output {model}",
             writes=[model],
             needs=[f"pretrain_{run}"],
         )

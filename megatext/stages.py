@@ -16,10 +16,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
+
+import psutil
 
 from megatext.config import ConfigError
 
@@ -133,7 +135,8 @@ def _execute(stage: Stage, label: str) -> float:
     again = "run the same command again: it continues at this stage"
     started = time.monotonic()
     try:
-        process = subprocess.Popen(command, env=environment)
+        # a session of its own: what the command starts (launcher, ranks) can be told to stop, and waited for
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
     except OSError as error:
         cause = f"cannot start {command[0]}: {error.strerror}; `make setup` installs it"
         raise StageError(f"stage {label}: {cause}", 1) from None
@@ -141,8 +144,7 @@ def _execute(stage: Stage, label: str) -> float:
         try:
             status = process.wait()
         except KeyboardInterrupt:
-            process.terminate()
-            process.wait()
+            _stop_group(process)
             raise StageError(f"interrupted in stage {label}; {again}", 130) from None
     if status != 0:
         cause = f"was killed by signal {-status}" if status < 0 else f"failed with exit status {status}"
@@ -151,6 +153,24 @@ def _execute(stage: Stage, label: str) -> float:
     if missing:
         raise StageError(f"stage {label} ended well but did not write {', '.join(missing)}", 1)
     return time.monotonic() - started
+
+
+def _stop_group(process: "subprocess.Popen[bytes]") -> None:
+    """SIGTERM to the command and all it started, then wait until none of them is left: they write to the run."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    process.wait()
+    while _is_alive(process.pid):
+        time.sleep(0.1)
+
+
+def _is_alive(group: int) -> bool:
+    """Whether a process of the group runs; zombies do not count, in a container they may stay for ever."""
+    for process in psutil.process_iter(["status"]):
+        with suppress(ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def _seconds_left(stages: Sequence[Stage], done: dict[str, dict[str, Any]]) -> float:

@@ -18,10 +18,11 @@ OWN_FOLDERS = ("launch/", "ds_configs/", "evaluation/", "data_tools/", "megatext
 
 
 def commands(markdown: str) -> list[str]:
-    """The commands in fenced code blocks: lines that start with one of PROGRAMS, after a prompt and assignments."""
+    """The commands in fenced and in indented code blocks: lines that start with one of PROGRAMS, after a prompt and
+    assignments."""
     found = []
-    for block in re.findall(r"^```[^\n]*\n(.*?)^```", markdown, flags=re.DOTALL | re.MULTILINE):
-        for line in block.replace("\\\n", " ").splitlines():
+    for block in re.findall(r"^```[^\n]*\n(.*?)^```|((?:^    .*\n)+)", markdown, flags=re.DOTALL | re.MULTILINE):
+        for line in "".join(block).replace("\\\n", " ").splitlines():
             line = re.sub(r"\s+#\s.*", "", line.strip().removeprefix("$ "))
             words = _without_assignments(line.split())
             if words and words[0] in PROGRAMS:
@@ -32,7 +33,7 @@ def commands(markdown: str) -> list[str]:
 def problems(command: str) -> list[str]:
     """What is wrong with a command; [] when all it names exists. Words in capitals stand for a reader's own."""
     words = _without_assignments(shlex.split(command))
-    words = [word.strip("[]") for word in words if word.strip("[]") not in ("", "...", "|")]
+    words = [word.strip("[]") for word in words if word == "" or word.strip("[]") not in ("", "...", "|")]
     for separator in ("|", "&&", ";", ">"):
         if separator in words:
             words = words[: words.index(separator)]
@@ -77,13 +78,13 @@ def _script_problems(script: str, arguments: list[str]) -> list[str]:
     if any(word.isupper() for word in arguments):
         return []
     try:
-        load_config(_config_class(script), arguments)
+        load_config(config_of(script), arguments)
     except ConfigError as error:
         return [str(error)]
     return []
 
 
-def _config_class(script: str) -> type:
+def config_of(script: str) -> type:
     """The configuration a launcher reads, found in its one import of it."""
     source = (ROOT / script).read_text()
     (found,) = re.findall(r"from (megatext\.recipes\.\w+) import (Pretrain\w+Config)", source)

@@ -117,9 +117,23 @@ def test_saved_yaml_can_be_loaded(tmp_path: Path) -> None:
     assert load_config(Outer, ["--config", str(tmp_path / "saved.yaml")])[0] == config
 
 
-@pytest.mark.parametrize("error", [ConfigError("bad key"), DataError("bad shard")])
-def test_programs_end_in_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_override_is_an_empty_string(tmp_path: Path) -> None:
+    save_yaml(Outer(run_dir="x", extra=Inner()), tmp_path / "saved.yaml")
+    arguments = ["--config", str(tmp_path / "saved.yaml"), "--run_dir", "", "--extra", "null"]
+    config = load_config(Outer, arguments)[0]
+    assert config.run_dir == "" and config.extra is None
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ConfigError("bad key"), "bad key"),
+        (DataError("bad shard"), "bad shard"),
+        (OSError(28, "No space left on device", "runs/x"), "runs/x: No space left on device"),
+    ],
+)
+def test_programs_end_in_one_line(error: Exception, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught, cli_errors():
         raise error
     assert caught.value.code == 1
-    assert capsys.readouterr().err == f"error: {error}\n"
+    assert capsys.readouterr().err == f"error: {line}\n"

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatext.config import ConfigError
+from megatext.config import ConfigError, load_config
 from megatext.quickstart import RECIPES, Quickstart
 from megatext.stages import Stage
-from tests.command_lines import ROOT, problems
+from megatext.training.engine import accumulation_steps
+from tests.command_lines import ROOT, config_of, problems
 
 PRESETS = ("quickstart", "small")
 
@@ -26,6 +27,19 @@ def test_every_command_of_a_preset_is_well_formed(preset: str, recipe: str) -> N
         quickstart = Quickstart(Path("launch/configs") / preset, recipe=recipe, **options)  # type: ignore[arg-type]
         wrong = {stage.name: found for stage in quickstart.stages if (found := problems(stage.shell()))}
         assert not wrong
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_batch_is_divided_among_the_ranks(preset: str) -> None:
+    trainings = 0
+    for stage in Quickstart(Path("launch/configs") / preset, num_processes=2).stages:
+        if stage.name.startswith("pretrain_"):
+            script = next(i for i, word in enumerate(stage.command) if word.startswith("launch/pretrain_"))
+            config, flags = load_config(config_of(stage.command[script]), list(stage.command[script + 1 :]))
+            assert accumulation_steps(config, world=2) == 1
+            assert flags.deepspeed_config == Path("ds_configs/zero3.json")
+            trainings += 1
+    assert trainings == 4
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -59,7 +73,9 @@ def test_options_of_the_command_line_reach_the_stages() -> None:
     assert "--input 'a b.txt' " in both["shard"]
     for name in ("lm", "vae", "token_vae", "dit"):
         assert "deepspeed --quiet --num_gpus 2 " in both[f"pretrain_{name}"]
-        assert both[f"pretrain_{name}"].endswith(" --deepspeed_config ds_configs/zero3.json")
+        assert both[f"pretrain_{name}"].endswith(
+            " --deepspeed_config ds_configs/zero3.json --training.micro_batch_rows 16"
+        )
     teacher = {stage.name: stage.shell() for stage in Quickstart(configs, teacher="Qwen/Qwen3-1.7B").stages}
     assert "train_tokenizer" not in teacher
     assert "--tokenizer Qwen/Qwen3-1.7B" in teacher["shard"]

@@ -15,6 +15,12 @@ def test_commands_of_the_documentation(page: Path) -> None:
     assert not wrong
 
 
+def test_the_readme_shows_the_way() -> None:
+    shown = {" ".join(command.split()[:2]) for command in commands((ROOT / "README.md").read_text())}
+    programs = ("make quickstart", "make test", "python launch/generate.py", "python launch/export.py", "python -m")
+    assert {*programs, "deepspeed launch/pretrain_vae.py", "deepspeed launch/pretrain_dit.py"} <= shown
+
+
 def test_commands_are_found_where_readers_see_them() -> None:
     page = """
 Text with `make nothing` inline.

@@ -87,10 +87,13 @@ class TextGenerator:
         for (piece,) in self._pieces([request], sampling):
             tokens.extend(piece)
             cut = self._cut(tokens, sampling)
+            ended = len(cut) < len(tokens) or len(tokens) >= target_tokens
             text = self.tokenizer.decode(cut)
+            if not ended:
+                text = text.rstrip("\ufffd")  # the first bytes of a character whose last ones are still to come
             yield text[shown:]
             shown = len(text)
-            if len(cut) < len(tokens):
+            if ended:
                 return
 
     def _cut(self, tokens: list[int], sampling: SamplingConfig) -> list[int]:

@@ -1,8 +1,10 @@
 """What the trainer knows of a system: the recipe interface, and nothing else."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -41,6 +43,9 @@ class Recipe(ABC):
 
     module: nn.Module
     tokenizer_fingerprint: str | None = None
+    built_on: Mapping[str, str] = MappingProxyType({})
+    """weights_hash of the exported models this one is trained on, by the key that names them in the configuration; a
+    checkpoint refuses to go on with others."""
 
     @abstractmethod
     def prepare(self, batch: TokenBatch, *, step: int, purpose: str = "train") -> Prepared:

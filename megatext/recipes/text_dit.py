@@ -27,7 +27,7 @@ from megatext.nn.layout import CONTEXT, TARGET, Layout
 from megatext.nn.text_vae import TextVAE
 from megatext.recipes.base import Output, Prepared, Recipe
 from megatext.recipes.draws import RowDraws
-from megatext.recipes.pretrained import load_text_vae, write_model
+from megatext.recipes.pretrained import load_text_vae, weights_hash, write_model
 from megatext.recipes.warm_start import load_language_model
 from megatext.training.trainer import RunConfig
 
@@ -223,12 +223,14 @@ class TextDiTRecipe(Recipe):
         self.config, self.seed, self.flow = config.dit, config.seed, config.dit.flow
         self.vae_directory = Path(config.dit.vae)
         self.vae, self.tokenizer_fingerprint = load_text_vae(self.vae_directory)
+        self.built_on = {"dit.vae": weights_hash(self.vae_directory)}
         self.module = make_module(config.dit, self.vae)
         initialise(
             self.module, lambda name, p: torch.randn(p.shape, generator=rng.generator(self.seed, f"init/{name}"))
         )
         if config.dit.warm_start:
             load_language_model(self.module.network, config.dit.warm_start, self.tokenizer_fingerprint)
+            self.built_on["dit.warm_start"] = weights_hash(config.dit.warm_start)
 
     def to(self, device: torch.device) -> None:
         self.vae.to(device)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from megatext import rng
 from megatext.config import ConfigError
 from megatext.data.packing import TokenBatch
-from megatext.data.shards import read_manifest
+from megatext.data.shards import TOKENIZER_FOLDER, read_manifest
 from megatext.flow import objectives
 from megatext.nn.blocks import initialise
 from megatext.nn.layout import Layout
@@ -110,7 +110,8 @@ class TextVAERecipe(Recipe):
     def __init__(self, config: PretrainVAEConfig) -> None:
         self.config, self.seed = config.vae, config.seed
         self.shards = Path(config.data.shards)
-        tokenizer = load_tokenizer(self.shards / "tokenizer")
+        read_manifest(self.shards)  # a clear error where there are no shards
+        tokenizer = load_tokenizer(self.shards / TOKENIZER_FOLDER)
         self.tokenizer_fingerprint = tokenizer.fingerprint()
         self.teacher = TeacherStatistics.load(config.data.hidden_states) if config.vae.repa_weight > 0 else None
         width = self.teacher.mean.numel() if self.teacher else 0

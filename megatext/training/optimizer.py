@@ -114,7 +114,7 @@ class MuonAdamW(torch.optim.AdamW):
         self._aliased = partitions.aliased
 
     def set_learning_rate(self, share: float) -> float:
-        """Set every group to `share` of its peak; returns the first group's rate."""
+        """Set every group to `share` of its peak; returns the last group's rate, AdamW's if there is one."""
         for group in self.param_groups:
             group["lr"] = share * group["peak_learning_rate"]
         return float(self.param_groups[-1]["lr"])

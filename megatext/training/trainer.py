@@ -7,8 +7,9 @@ import os
 import platform
 import shutil
 import signal
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -120,6 +121,8 @@ def train(
         return estimate_and_try(config, recipe, deepspeed_config, processes)
     trainer = Trainer(config, recipe, deepspeed_config, processes)
     trainer.resume()
+    if processes.is_main:
+        save_yaml(config, Path(config.run_dir) / "config.yaml")  # now: a refused resume leaves the run's own
     trainer.loop()
     return trainer.finish()
 
@@ -398,6 +401,7 @@ class Trainer:
             "config_class": type(self.config).__name__,
             "config": to_dict(self.config),
             "tokenizer_fingerprint": self.stream.tokenizer_fingerprint,
+            "built_on": dict(self.recipe.built_on),
             "tied": tied,
             "probe_loss": self._probe_loss(),
             "versions": {
@@ -492,6 +496,7 @@ class Trainer:
                 raise ConfigError(
                     f"{path}: was written with {key} {theirs!r}, now it is {mine!r}; a run cannot change it"
                 )
+        check_built_on(path, saved.get("built_on", {}), self.recipe.built_on)
         if saved["tokenizer_fingerprint"] != self.stream.tokenizer_fingerprint:
             raise DataError(f"{self.config.data.shards}: these shards have another tokenizer than those of {path}")
 
@@ -538,7 +543,7 @@ class Trainer:
         if self.processes.is_main:
             try:
                 self.run_dir.mkdir(parents=True, exist_ok=True)
-                save_yaml(self.config, self.run_dir / "config.yaml")
+                tempfile.TemporaryFile(dir=self.run_dir).close()
             except OSError as error:
                 problem = f"run_dir {self.run_dir} cannot be written: {error.strerror}"
         problems = [problem]
@@ -588,6 +593,16 @@ def total_loss(output: Output, counts: dict[str, Tensor], weights: dict[str, flo
         raise KeyError(f"loss terms without a count or a sum: {sorted(missing)}")
     terms = [weights[name] * (total / counts[name].to(total.dtype)) for name, total in output.loss_sums.items()]
     return torch.stack(terms).sum()
+
+
+def check_built_on(checkpoint_path: Path, saved: Mapping[str, str], present: Mapping[str, str]) -> None:
+    """Raise ConfigError unless the models that a recipe stands on are those that its checkpoint was trained on."""
+    for name, weights in saved.items():
+        if present.get(name, weights) != weights:
+            raise ConfigError(
+                f"{checkpoint_path}: was trained on another {name} than lies there now; put the old one back, or train "
+                "anew in another run_dir"
+            )
 
 
 def _deepspeed_version() -> str:

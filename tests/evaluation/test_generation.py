@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,11 +167,15 @@ def test_model_writes_through_the_text_generator(
     sampling.SamplingConfig, generator.TextGenerator = SamplingConfig, TextGenerator  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "megatext.generation.sampling", sampling)
     monkeypatch.setitem(sys.modules, "megatext.generation.text_generator", generator)
-    result = generate(manifest, SystemEntry("dit", f"model:{tiny_lm}", {"steps": 4}), output=tmp_path, seed=0)
+    model = tmp_path / "model"
+    shutil.copytree(tiny_lm, model)
+    (model / "config.json").write_text('{"kind": "text_dit", "warm_start_hash": "abc"}')
+    result = generate(manifest, SystemEntry("dit", f"model:{model}", {"steps": 4}), output=tmp_path, seed=0)
+    assert result.started_from == "abc"
     assert len(set(result.texts)) == 20 and calls[-1]["sampling"] == SamplingConfig(4)
     assert all(count > 5 for count in calls[-1]["target_tokens"])
     with pytest.raises(ConfigError, match="system dit, sampling: .*did you mean 'steps'"):
-        generate(manifest, SystemEntry("dit", f"model:{tiny_lm}", {"stepz": 4}), output=tmp_path, seed=0)
+        generate(manifest, SystemEntry("dit", f"model:{model}", {"stepz": 4}), output=tmp_path, seed=0)
 
 
 def test_bad_systems_say_what_to_do(manifest: Manifest, tmp_path: Path) -> None:

@@ -90,6 +90,15 @@ def test_streaming_gives_the_same_text(generator: TextGenerator) -> None:
     assert len(pieces) == 1 if not generator.flow.block_tokens else len(pieces) > 1
 
 
+def test_streaming_never_shows_half_a_character(generator: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SentencePiece spells a character it does not know in bytes, which may lie in two blocks."""
+    tokens = generator.tokenizer.encode("the é cat")
+    monkeypatch.setattr(generator, "_pieces", lambda requests, sampling: ([[token]] for token in tokens))
+    pieces = list(generator.stream("", target_tokens=len(tokens)))
+    assert "".join(pieces) == generator.tokenizer.decode(tokens)
+    assert "é" in "".join(pieces) and not any("\ufffd" in piece for piece in pieces)
+
+
 def test_heun_and_uniform_grids_run(generator: TextGenerator) -> None:
     sampling = SamplingConfig(steps=3, solver="heun", grid="uniform")
     assert len(generator.generate(["the"], target_tokens=[6], seeds=[0], sampling=sampling)) == 1

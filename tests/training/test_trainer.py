@@ -13,7 +13,7 @@ from megatext.config import ConfigError, load_config
 from megatext.export import export
 from megatext.training import checkpoint
 from megatext.training.guards import NonFiniteError
-from megatext.training.trainer import REQUEUE_EXIT_CODE, train
+from megatext.training.trainer import REQUEUE_EXIT_CODE, check_built_on, train
 from tests.training import toy
 
 FILES = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -164,10 +164,18 @@ def test_probe_loss_refuses_foreign_weights(folder: Path, reference: Path) -> No
 def test_resume_never_and_another_model_are_refused(folder: Path, reference: Path) -> None:
     with pytest.raises(ConfigError, match="holds a run already"):
         run_here(folder, "reference", resume="never")
+    own = (folder / "reference" / "config.yaml").read_text()
     with pytest.raises(ConfigError, match="choose another run_dir"):
         run_here(folder, "reference", width=32)
+    assert (folder / "reference" / "config.yaml").read_text() == own
     with pytest.raises(ConfigError, match="optimizer.name 'muon', now it is 'adamw'"):
         run_here(folder, "reference", optimizer__name="adamw")
+
+
+def test_other_models_than_those_trained_on_are_refused() -> None:
+    check_built_on(Path("here"), {"dit.vae": "a"}, {"dit.vae": "a", "dit.warm_start": "b"})
+    with pytest.raises(ConfigError, match=r"here: was trained on another dit\.vae"):
+        check_built_on(Path("here"), {"dit.vae": "a"}, {"dit.vae": "b"})
 
 
 def test_non_finite_step_is_skipped_named_and_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
