@@ -157,6 +157,7 @@ def deepspeed_json(config: "RunConfig", path: Path | None, world: int) -> dict[s
     zero = own.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     precision = config.training.precision
+    assert precision != "auto", "chosen_precision decides it first"
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"{path}: zero_optimization.stage is {stage!r}; 0, 1, 2 and 3 exist")
     if stage == 0 and precision == "bf16":

@@ -12,7 +12,7 @@ from torch import nn
 
 from megatext.config import ConfigError
 from megatext.data.stream import DataConfig
-from megatext.training.engine import accumulation_steps, deepspeed_json
+from megatext.training.engine import Processes, accumulation_steps, chosen_precision, deepspeed_json
 from megatext.training.estimate import flops_per_token, state_gib
 from megatext.training.metrics import Logger, LoggingConfig, Meter, console_line, duration
 from megatext.training.optimizer import OptimizerConfig, build_optimizer, orthogonalize
@@ -24,7 +24,8 @@ FILES = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
 def config(**training: object) -> RunConfig:
-    return RunConfig(run_dir="x", max_steps=10, data=DataConfig(shards="x"), training=TrainingConfig(**training))  # type: ignore[arg-type]
+    options = TrainingConfig(**{"precision": "bf16"} | training)  # type: ignore[arg-type]
+    return RunConfig(run_dir="x", max_steps=10, data=DataConfig(shards="x"), training=options)
 
 
 @given(st.integers(0, 20), st.integers(21, 100), st.sampled_from(["constant", "cosine", "linear"]), st.floats(0, 1))
@@ -77,6 +78,16 @@ def test_contiguous_layout_covers_every_element_once(sizes: list[int], world: in
             assert (found[f.name][f.start : f.start + f.length] == -1).all()
             found[f.name][f.start : f.start + f.length] = own[f.offset : f.offset + f.length]
     assert torch.equal(torch.cat(list(found.values())), torch.arange(total))
+
+
+def test_auto_precision_is_what_the_hardware_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = Processes(rank=0, world=1, device=torch.device("cpu"))
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda found, own: found.__setitem__(0, own))
+    for amx, avx512, expected in [(False, False, "fp32"), (True, False, "bf16"), (False, True, "bf16")]:
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx512=avx512: avx512)
+        assert chosen_precision("auto", alone) == expected
+        assert (chosen_precision("fp32", alone), chosen_precision("bf16", alone)) == ("fp32", "bf16")
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in FILES.glob("*.json")))
