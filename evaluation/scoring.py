@@ -170,6 +170,7 @@ class _Scorer:
         self._bootstrap = statistics.Bootstrap(self.n, draws=config.bootstrap_draws, seed=config.seed)
         self._cache = output / "cache" / "features"
         self._judge_hash = judge_hash
+        self._judge_weights = weights_hash(config.judge)
         self._featuriser_hash = featuriser_hash
         self._judge: Any = None
         self._encoder: Any = None
@@ -382,8 +383,7 @@ class _Scorer:
             "fingerprint": item.fingerprint,
             "weights": item.weights,
             "is_judge": item.weights is not None and item.weights == self._judge_hash,
-            "started_from_judge": item.started_from is not None
-            and item.started_from == weights_hash(self.config.judge),
+            "started_from_judge": item.started_from is not None and item.started_from == self._judge_weights,
             "seed": item.seed,
             "n": self.n,
             "seconds_per_sample": item.seconds_per_sample,

@@ -52,6 +52,7 @@ OWNED_KEYS = {
 
 
 Precision = Literal["auto", "bf16", "fp32"]
+"""Of weights and activations, as `training.precision` names it."""
 
 
 @dataclass(frozen=True)
