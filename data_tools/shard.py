@@ -141,6 +141,68 @@ class _SplitWriter:
             self._writer.abandon()
 
 
+class _Corpus:
+    """What has been kept so far, and where it went."""
+
+    def __init__(
+        self, output: Path, *, shard_tokens: int, min_tokens: int, validation_fraction: float, test_fraction: float
+    ) -> None:
+        self.writers = {split: _SplitWriter(output, split, shard_tokens) for split in SPLITS}
+        self.min_tokens, self.fractions = max(2, min_tokens), (validation_fraction, test_fraction)
+        self.counts = {split: {"documents": 0, "tokens": 0} for split in SPLITS}
+        self.dropped = {"duplicate": 0, "too_short": 0, "malformed": 0}
+        self.kept = 0
+        self._seen: set[bytes] = set()
+        self._keys: set[str] = set()
+
+    def add(self, document: Encoded) -> None:
+        """Keep a document or drop it. Raises DataError where its key was there before."""
+        if document.identity in self._seen:
+            self.dropped["duplicate"] += 1
+            return
+        self._seen.add(document.identity)
+        if document.key in self._keys:
+            raise DataError(f"key {document.key} occurs twice in the inputs: give each source its own name")
+        self._keys.add(document.key)
+        if document.tokens is not None and len(document.tokens) < self.min_tokens:
+            self.dropped["too_short"] += 1
+            return
+        split = split_of(document.identity, *self.fractions)
+        self.counts[split]["documents"] += 1
+        self.counts[split]["tokens"] += self.writers[split].add(document)
+        self.kept += 1
+
+    def read(
+        self, inputs: list[str], workers: int, limit: int | None, start_arguments: tuple[str, frozenset[str]]
+    ) -> None:
+        """Encode all inputs and add their documents in order, with a progress bar."""
+        pool = None
+        if workers > 1:
+            pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=start_arguments)
+        else:
+            _start_worker(*start_arguments)
+        form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        bar = tqdm(total=1.0, desc="shard", bar_format=form, dynamic_ncols=True)
+        try:
+            chunks = sources.read(inputs, workers=workers)
+            for documents, malformed, share in ordered_map(pool, encode_chunk, chunks, 4 * workers):
+                self.dropped["malformed"] += malformed
+                for document in documents:
+                    self.add(document)
+                    if self.kept == limit:
+                        return
+                bar.n = share
+                bar.set_postfix_str(self._pace(max(bar.format_dict["elapsed"], 1e-3)))
+        finally:
+            bar.close()
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
+
+    def _pace(self, seconds: float) -> str:
+        tokens = sum(count["tokens"] for count in self.counts.values())
+        return f"{self.kept:,} docs, {self.kept / seconds:,.0f} docs/s, {tokens / seconds / 1e3:,.0f} ktokens/s"
+
+
 def shard(
     inputs: list[str],
     tokenizer_name: str,
@@ -160,17 +222,20 @@ def shard(
         tokenizer = load_tokenizer(tokenizer_name)
     except (FileNotFoundError, OSError) as error:
         raise DataError(f"--tokenizer {tokenizer_name}: {error}") from error
+    parts: dict[str, Any] = {
+        "shard_tokens": shard_tokens,
+        "validation_fraction": validation_fraction,
+        "test_fraction": test_fraction,
+    }
     settings = {
         "inputs": sources.describe(inputs),
         "tokenizer": tokenizer.fingerprint(),
-        "shard_tokens": shard_tokens,
         "filters": {
             "limit": limit,
             "min_tokens": min_tokens,
             "deduplicate": "exact text, case and white space ignored",
         },
-        "validation_fraction": validation_fraction,
-        "test_fraction": test_fraction,
+        **parts,
     }
     try:
         done = _prepare(output, settings, resume)
@@ -178,67 +243,23 @@ def shard(
             print(f"{output}: already complete")
             return done
         tokenizer.save(output / TOKENIZER_FOLDER)
-        writers = {split: _SplitWriter(output, split, shard_tokens) for split in SPLITS}
+        corpus = _Corpus(output, min_tokens=min_tokens, **parts)
     except OSError as error:
         raise DataError(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
-
-    finished = frozenset(key for writer in writers.values() for key in writer.finished)
-    seen: set[bytes] = set()
-    keys: set[str] = set()
-    counts = {split: [0, 0] for split in SPLITS}
-    dropped = {"duplicate": 0, "too_short": 0, "malformed": 0}
-    start_arguments = (str(output / TOKENIZER_FOLDER), finished)
-    pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=start_arguments) if workers > 1 else None
-    if pool is None:
-        _start_worker(*start_arguments)
-    bar = tqdm(
-        total=1.0,
-        desc="shard",
-        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
-        dynamic_ncols=True,
-    )
-    kept = 0
+    finished = frozenset(key for writer in corpus.writers.values() for key in writer.finished)
     try:
-        chunks = sources.read(inputs, workers=workers)
-        for documents, malformed, share in ordered_map(pool, encode_chunk, chunks, 4 * workers):
-            dropped["malformed"] += malformed
-            for document in documents:
-                if document.identity in seen:
-                    dropped["duplicate"] += 1
-                    continue
-                seen.add(document.identity)
-                if document.key in keys:
-                    raise DataError(f"key {document.key} occurs twice in the inputs: give each source its own name")
-                keys.add(document.key)
-                if document.tokens is not None and len(document.tokens) < max(2, min_tokens):
-                    dropped["too_short"] += 1
-                    continue
-                split = split_of(document.identity, validation_fraction, test_fraction)
-                counts[split][0] += 1
-                counts[split][1] += writers[split].add(document)
-                kept += 1
-                if kept == limit:
-                    break
-            bar.n = share
-            seconds = max(bar.format_dict["elapsed"], 1e-3)
-            tokens = sum(total for _, total in counts.values())
-            bar.set_postfix_str(f"{kept:,} docs, {kept / seconds:,.0f} docs/s, {tokens / seconds / 1e3:,.0f} ktokens/s")
-            if kept == limit:
-                break
-        for writer in writers.values():
+        corpus.read(inputs, workers, limit, (str(output / TOKENIZER_FOLDER), finished))
+        for writer in corpus.writers.values():
             writer.close()
-        if kept == 0:
-            raise DataError(f"no document was kept of {', '.join(inputs)}: dropped {dropped}")
     except OSError as error:
         raise DataError(
             f"{output}: writing failed ({error.strerror}); free some space and run again with --resume"
         ) from error
     finally:
-        bar.close()
-        for writer in writers.values():
+        for writer in corpus.writers.values():
             writer.abandon()
-        if pool is not None:
-            pool.shutdown(cancel_futures=True)
+    if corpus.kept == 0:
+        raise DataError(f"no document was kept of {', '.join(inputs)}: dropped {corpus.dropped}")
     manifest = {
         "format_version": FORMAT_VERSION,
         "tokenizer": {
@@ -246,13 +267,10 @@ def shard(
             "vocab_size": tokenizer.vocab_size,
             "eos_id": tokenizer.eos_id,
         },
-        "splits": {
-            split: {"documents": counts[split][0], "tokens": counts[split][1], "shards": writers[split].entries}
-            for split in SPLITS
-        },
+        "splits": {s: {**corpus.counts[s], "shards": corpus.writers[s].entries} for s in SPLITS},
         "sources": settings["inputs"],
         "filters": settings["filters"],
-        "dropped": dropped,
+        "dropped": corpus.dropped,
     }
     write_json(output / MANIFEST, manifest)
     (output / _SETTINGS).unlink()

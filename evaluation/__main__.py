@@ -178,7 +178,8 @@ def _score(arguments: argparse.Namespace) -> None:
 def _scored(arguments: argparse.Namespace) -> str:
     from evaluation.generation import load_generations
     from evaluation.manifest import load_manifest
-    from evaluation.scoring import ScoreConfig, console_table, score
+    from evaluation.scoring import ScoreConfig, score
+    from evaluation.table import console_table
 
     manifest = load_manifest(arguments.output)
     config = ScoreConfig(

@@ -10,7 +10,7 @@ from typing import Any
 
 from evaluation.files import atomic_write, read_jsonl, read_log
 from evaluation.manifest import Manifest
-from evaluation.scoring import COLUMNS, MARKS, table
+from evaluation.table import COLUMNS, MARKS, table
 from megatext.data import DataError
 
 _TEMPLATE = Path(__file__).parent / "report.html.j2"

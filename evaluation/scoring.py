@@ -201,17 +201,28 @@ class _Scorer:
 
     def judge_and_diversity(self) -> None:
         """nll and G; entropy, distinct-2, repetition, copying; length ratio and empty share, in the judge's tokens."""
-        from evaluation.metrics import diversity
-        from evaluation.metrics.perplexity import gap
-
         tokenizer = self.judge.tokenizer
         prefixes = tokenizer.encode_batch([sample.prefix for sample in self.manifest.samples])
         written = [self._tokens(item, tokenizer) for item in self.generations]
         lengths = [len(ids) for ids in written[self.human]]
         # Every system is read for as many tokens as the human wrote, no more: later tokens are easier.
         tokens = [[ids[:length] for ids, length in zip(rows, lengths, strict=True)] for rows in written]
+        self._judge_gap(prefixes, tokens)
+        budget = min(total for rows in tokens if (total := sum(map(len, rows))) >= sum(lengths) / 2)
+        self.parameters["judge"]["token_budget"] = budget
+        for i, rows in enumerate(tokens):
+            self._diversity(i, prefixes, rows, budget)
+            length_ratio = sum(map(len, written[i])) / max(1, sum(lengths))
+            self.rows[i]["length_ratio"] = _metric(length_ratio, "ratio", self.n, None)
+            self.per_sample[i]["tokens"] = [len(ids) for ids in written[i]]
+        self._score_unconditional(tokenizer)
+
+    def _judge_gap(self, prefixes: list[list[int]], tokens: list[list[list[int]]]) -> None:
+        """nll and G of every system."""
+        from evaluation.metrics.perplexity import gap
+
         nlls = self.judge.score([(p, ids) for rows in tokens for p, ids in zip(prefixes, rows, strict=True)])
-        by_system = [nlls[i * self.n : (i + 1) * self.n] for i in range(len(written))]
+        by_system = [nlls[i * self.n : (i + 1) * self.n] for i in range(len(tokens))]
         nats = [np.array([nll.nats for nll in row]) for row in by_system]
         counts = [np.array([nll.tokens for nll in row]) for row in by_system]
         corpus = [float(s.sum() / c.sum()) if c.sum() else math.nan for s, c in zip(nats, counts, strict=True)]
@@ -219,47 +230,44 @@ class _Scorer:
         with np.errstate(invalid="ignore", divide="ignore"):
             drawn = [self._bootstrap.sums(s) / self._bootstrap.sums(c) for s, c in zip(nats, counts, strict=True)]
             drawn_gaps = [gap(draw, drawn[self.human], drawn[shuffled]) for draw in drawn]
-        budget = min(total for rows in tokens if (total := sum(map(len, rows))) >= sum(lengths) / 2)
-        self.parameters["judge"] = {
-            "token_budget": budget,
-            "human_nll": corpus[self.human],
-            "shuffled_nll": corpus[shuffled],
-        }
-        for i, rows in enumerate(tokens):
-            pool = diversity.cut_to_budget(rows, budget)
-            total = sum(map(len, pool))
-            short = {"tokens": total, "below_budget": total < budget}
-            row = self.rows[i]
+        self.parameters["judge"] = {"human_nll": corpus[self.human], "shuffled_nll": corpus[shuffled]}
+        kind = "bootstrap standard error"
+        for i, row in enumerate(self.rows):
             se, ci = statistics.spread(drawn_gaps[i])
-            value = gap(corpus[i], corpus[self.human], corpus[shuffled])
-            row["gap"] = _metric(value, "share", self.n, "lower", se, "bootstrap standard error", ci)
-            se, ci = statistics.spread(drawn[i])
-            row["nll"] = _metric(
-                corpus[i], "nats a token", self.n, None, se, "bootstrap standard error", ci, tokens=int(counts[i].sum())
+            row["gap"] = _metric(
+                gap(corpus[i], corpus[self.human], corpus[shuffled]), "share", self.n, "lower", se, kind, ci
             )
-            for name, statistic in (("entropy", diversity.unigram_entropy), ("distinct2", _distinct2)):
-                error = statistics.jackknife_error(pool, statistic) if total else math.nan
-                unit = "nats" if name == "entropy" else "share"
-                row[name] = _metric(
-                    statistic(pool) if total else math.nan,
-                    unit,
-                    self.n,
-                    None,
-                    error,
-                    "jackknife standard error",
-                    **short,
-                )
-            shares = {
-                "repetition4": [diversity.repetition(ids, 4) for ids in rows],
-                "copied4": [diversity.copied(p, ids, 4) for p, ids in zip(prefixes, rows, strict=True)],
-                "empty": [float(not text.strip()) for text in self.generations[i].texts],
-            }
-            for name, values in shares.items():
-                row[name] = self._mean(values, "share", "lower")
-            row["length_ratio"] = _metric(sum(map(len, written[i])) / max(1, sum(lengths)), "ratio", self.n, None)
+            se, ci = statistics.spread(drawn[i])
+            row["nll"] = _metric(corpus[i], "nats a token", self.n, None, se, kind, ci, tokens=int(counts[i].sum()))
             self.per_sample[i]["nll"] = [nll.nats / nll.tokens if nll.tokens else None for nll in by_system[i]]
-            self.per_sample[i]["tokens"] = [len(ids) for ids in written[i]]
-        self._score_unconditional(tokenizer)
+
+    def _diversity(self, i: int, prefixes: list[list[int]], rows: list[list[int]], budget: int) -> None:
+        """Entropy and distinct-2 at the same number of tokens for every system, and shares of texts and n-grams."""
+        from evaluation.metrics import diversity
+
+        pool = diversity.cut_to_budget(rows, budget)
+        total = sum(map(len, pool))
+        for name, statistic, unit in (
+            ("entropy", diversity.unigram_entropy, "nats"),
+            ("distinct2", _distinct2, "share"),
+        ):
+            self.rows[i][name] = _metric(
+                statistic(pool) if total else math.nan,
+                unit,
+                self.n,
+                None,
+                statistics.jackknife_error(pool, statistic) if total else math.nan,
+                "jackknife standard error",
+                tokens=total,
+                below_budget=total < budget,
+            )
+        shares = {
+            "repetition4": [diversity.repetition(ids, 4) for ids in rows],
+            "copied4": [diversity.copied(p, ids, 4) for p, ids in zip(prefixes, rows, strict=True)],
+            "empty": [float(not text.strip()) for text in self.generations[i].texts],
+        }
+        for name, values in shares.items():
+            self.rows[i][name] = self._mean(values, "share", "lower")
 
     def _score_unconditional(self, tokenizer: Any) -> None:
         """nll, entropy and distinct-2 of passages without prefix, beside as many human documents."""
@@ -425,73 +433,3 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "absent"
     return found
-
-
-MARKS = "†‡*"
-"""Marks that hang behind a cell and point to a footnote."""
-
-# The console's and the report's table: (key, heading, digits).
-COLUMNS = (
-    ("gap", "G", 3),
-    ("nll", "nll", 2),
-    ("entropy", "entropy", 2),
-    ("distinct2", "distinct-2", 3),
-    ("rouge1", "ROUGE-1", 1),
-    ("rouge2", "ROUGE-2", 1),
-    ("rougeL", "ROUGE-L", 1),
-    ("bertscore", "BERTScore", 1),
-    ("mauve", "MAUVE", 1),
-)
-
-
-def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:
-    """(headings, rows of formatted cells, footnotes) of a results.json."""
-    headings = ["system", *(heading for _, heading, _ in COLUMNS), "s/sample"]
-    rows, footnotes = [], []
-    for system in results["systems"]:
-        cells = [system["name"]]
-        for key, _, digits in COLUMNS:
-            metric = system["metrics"].get(key)
-            text = "-" if metric is None or metric["value"] is None else f"{metric['value']:.{digits}f}"
-            if key == "gap" and text != "-":
-                text += "†" if system["is_judge"] else "*" if system["started_from_judge"] else ""
-            if key in ("entropy", "distinct2") and text != "-" and metric["below_budget"]:
-                text += "‡"
-            cells.append(text)
-        seconds = system["seconds_per_sample"]
-        cells.append("-" if seconds is None else f"{seconds:.3f}")
-        rows.append(cells)
-    if any(cell.endswith("†") for row in rows for cell in row):
-        footnotes.append(
-            "† judges itself: this system is the judge, so its G and nll say how it samples, not how good it is."
-        )
-    if any(cell.endswith("*") for row in rows for cell in row):
-        footnotes.append(
-            "* started from the judge's weights and may share its tastes: score again with a judge of another seed."
-        )
-    if any(cell.endswith("‡") for row in rows for cell in row):
-        budget = results["parameters"]["judge"]["token_budget"]
-        footnotes.append(f"‡ wrote fewer than the {budget} tokens that the other rows are measured on.")
-    return headings, rows, footnotes + results["notes"]
-
-
-def console_table(results: dict[str, Any]) -> str:
-    """The table with aligned columns, for a terminal."""
-    headings, rows, footnotes = table(results)
-    widths = [max(len(row[i].rstrip(MARKS)) for row in [headings, *rows]) for i in range(len(headings))]
-
-    def line(cells: list[str]) -> str:
-        # Marks hang behind the column, so that digits stay under digits.
-        marks = [cell[len(cell.rstrip(MARKS)) :] for cell in cells]
-        bare = [cell.rstrip(MARKS) for cell in cells]
-        padded = [bare[0].ljust(widths[0])] + [
-            text.rjust(width) for text, width in zip(bare[1:], widths[1:], strict=True)
-        ]
-        return " ".join(text + mark.ljust(1) for text, mark in zip(padded, marks, strict=True)).rstrip()
-
-    task = results["manifest"]
-    head = (
-        f"{task.get('name', 'task')}: {task['n']} continuations, manifest {task['hash'][:12]}, seed {results['seed']}"
-    )
-    rule = "-" * len(line(headings))
-    return "\n".join([head, line(headings), rule, *map(line, rows), rule, *footnotes])

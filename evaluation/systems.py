@@ -213,8 +213,7 @@ class ModelWriter(Writer):
     def _tokenizer(self) -> Any:
         from megatext.tokenizer import load_tokenizer
 
-        inside = self._directory / "tokenizer"
-        return load_tokenizer(inside if inside.is_dir() else self._directory)
+        return load_tokenizer(self._directory)
 
     def target_tokens(self, sample: Sample) -> int:
         return max(1, len(self._tokenizer.encode(sample.target)))

@@ -2,18 +2,16 @@
 
 import gzip
 import hashlib
-import io
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from evaluation.files import read_jsonl
 from megatext.config import ConfigError, from_dict
 from megatext.data import DataError
+from megatext.data.shards import TOKENIZER_FOLDER, read_manifest
+from megatext.data.tar_index import TarIndex
 
 TASKS = Path(__file__).parent / "tasks"
 
@@ -119,27 +117,20 @@ def _texts(path: Path) -> Iterator[str]:
 def _shards(directory: Path, split: str) -> Pool:
     from megatext.tokenizer import load_tokenizer
 
-    files = sorted(directory.glob(f"{split}-*.tar"))
-    if not files:
-        raise DataError(f"{directory}: no {split}-*.tar there; write shards with `python -m data_tools.shard`")
-    tokenizer = load_tokenizer(directory / "tokenizer")
-    places: dict[str, tuple[Path, int, int]] = {}
-    for file in files:
-        with tarfile.open(file) as tar:
-            for member in tar:
-                if member.name.endswith(".tokens.npy"):
-                    places[member.name.removesuffix(".tokens.npy")] = (file, member.offset_data, member.size)
-    ids = list(places)
+    entry = read_manifest(directory)["splits"].get(split)
+    if entry is None:
+        raise DataError(f"{directory}: has no split {split}; write shards with `python -m data_tools.shard`")
+    tokenizer = load_tokenizer(directory / TOKENIZER_FOLDER)
+    shards = [TarIndex(directory / shard["file"]) for shard in entry["shards"]]
+    places = [(shard, document) for shard in shards for document in range(len(shard))]
+    lengths = [int(shard.lengths[document]) for shard, document in places]
 
     def read(index: int) -> list[int]:
-        file, offset, size = places[ids[index]]
-        with open(file, "rb") as handle:
-            handle.seek(offset)
-            tokens = np.load(io.BytesIO(handle.read(size))).tolist()
+        shard, document = places[index]
+        tokens: list[int] = shard.array(document, 0, lengths[index]).tolist()
         return tokens[:-1] if tokens and tokens[-1] == tokenizer.eos_id else tokens
 
-    # An .npy of at most 4 bytes a token behind a header: a bound that costs no read.
-    return Pool(ids, read, tokenizer, [size // 2 for _, _, size in places.values()])
+    return Pool([shard.keys[document] for shard, document in places], read, tokenizer, lengths)
 
 
 def _hugging_face(rest: str) -> Pool:

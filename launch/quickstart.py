@@ -48,7 +48,7 @@ def main() -> None:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(error.status)
         from evaluation.report import load_results
-        from evaluation.scoring import console_table
+        from evaluation.table import console_table
 
         print(f"\n{console_table(load_results(quickstart.results))}\n")
         print(f"report: {quickstart.results / 'report.html'}   results: {quickstart.results / 'results.json'}")

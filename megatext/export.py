@@ -6,7 +6,7 @@ from pathlib import Path
 from megatext.config import ConfigError, from_dict
 from megatext.recipes import build_recipe, config_class
 from megatext.training import checkpoint
-from megatext.training.trainer import check_built_on
+from megatext.training.run_state import check_built_on
 
 
 def export(run: Path, output: Path, *, ema: bool = False, step: int | None = None) -> Path:

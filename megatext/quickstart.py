@@ -5,6 +5,7 @@ A preset folder holds `stages.yaml` (QuickstartConfig), a configuration for ever
 be repeated by hand; a recipe other than the default has its own `dit_RECIPE.yaml` and `systems_RECIPE.yaml`.
 """
 
+import json
 import os
 import shlex
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from data_tools.sources import describe
 from megatext.config import ConfigError, from_dict
 from megatext.stages import Stage
 
@@ -58,7 +60,7 @@ class Quickstart:
         dit, runs = self._training(teacher)
         self._evaluation(dit, runs)
         stages = {f"{verb}_{run}" for verb in ("pretrain", "export") for run in RUNS}
-        stages |= {"train_tokenizer", *(stage.name for stage in self.stages)}
+        stages |= {"train_tokenizer", *(self._base(stage.name) for stage in self.stages)}
         for key, given, known in [
             ("options", set(self.preset.options), {"train_tokenizer", "shard", "extract_hidden_states"}),
             ("seconds", set(self.preset.seconds), stages),
@@ -70,15 +72,18 @@ class Quickstart:
     def _data(self, corpus: str, teacher: str | None) -> None:
         tokenizer, shards = self.work_dir / "tokenizer", self.work_dir / "shards"
         source, options = f"--input {shlex.quote(corpus)}", self.preset.options
+        files = tuple(json.dumps(entry) for entry in describe([corpus]))
         if teacher is None:
             make = f"python -m data_tools.train_tokenizer {source} --output {tokenizer}"
-            self._add("train_tokenizer", f"{make} {options.get('train_tokenizer', '')}", writes=[tokenizer])
+            command = f"{make} {options.get('train_tokenizer', '')}"
+            self._add("train_tokenizer", command, writes=[tokenizer], facts=files)
         self._add(
             "shard",
             f"python -m data_tools.shard {source} --tokenizer {teacher or tokenizer} --output {shards}"
             f" {options.get('shard', '')}",
             writes=[shards],
             needs=[] if teacher else ["train_tokenizer"],
+            facts=files,
         )
 
     def _training(self, teacher: str | None) -> tuple[str, list[str]]:
@@ -146,32 +151,35 @@ class Quickstart:
         systems = self.configs / ("systems.yaml" if self.recipe == "default" else f"systems_{self.recipe}.yaml")
         judge, output = f"--judge {self._model('lm')}", f"--output {self.results}"
         self._add(
-            "manifest",
+            self._of_recipe("manifest"),
             f"python -m evaluation manifest --task {task} {output}",
             writes=[self.results / "manifest.jsonl"],
             needs=["shard"],
             reads=[task],
         )
         self._add(
-            "generate",
+            self._of_recipe("generate"),
             f"python -m evaluation generate --systems {systems} {judge} {output}",
             writes=[self.results / "generations.json"],
-            needs=["manifest", "export_lm", f"export_{dit}"],
+            needs=[self._of_recipe("manifest"), "export_lm", f"export_{dit}"],
             reads=[systems],
             continues=True,
         )
         self._add(
-            "score",
+            self._of_recipe("score"),
             f"python -m evaluation score {judge} {output}",
             writes=[self.results / "results.json"],
-            needs=["generate"],
+            needs=[self._of_recipe("generate")],
             continues=True,
         )
         self._add(
-            "report",
+            self._of_recipe("report"),
             f"python -m evaluation report {output} --runs {' '.join(runs)}",
             writes=[self.results / "report.html"],
-            needs=["score", *(f"pretrain_{run}" for run in RUNS if f"pretrain_{run}" in {s.name for s in self.stages})],
+            needs=[
+                self._of_recipe("score"),
+                *(f"pretrain_{run}" for run in RUNS if f"pretrain_{run}" in {s.name for s in self.stages}),
+            ],
         )
 
     def _add(
@@ -183,19 +191,29 @@ class Quickstart:
         reads: list[Path] | None = None,
         continues: bool = False,
         environment: tuple[tuple[str, str], ...] = (),
+        facts: tuple[str, ...] = (),
     ) -> None:
         self.stages.append(
             Stage(
                 name,
                 command=tuple(shlex.split(command)),
                 reads=tuple(reads or ()),
+                facts=facts,
                 writes=tuple(writes),
                 needs=tuple(needs or ()),
                 continues=continues,
                 environment=environment,
-                expected_seconds=self.preset.seconds.get(name, 30.0),
+                expected_seconds=self.preset.seconds.get(self._base(name), 30.0),
             )
         )
+
+    def _of_recipe(self, name: str) -> str:
+        """The stages of a recipe's evaluation have its name: finished ones are not run again for another recipe."""
+        return name if self.recipe == "default" else f"{name}_{self.recipe}"
+
+    def _base(self, name: str) -> str:
+        """What `seconds` calls a stage."""
+        return name if name.startswith(("pretrain_", "export_")) else name.removesuffix(f"_{self.recipe}")
 
     def _model(self, run: str) -> Path:
         """Where a run's model is exported to."""

@@ -1,8 +1,8 @@
 """Runs the stages of a pipeline, each a command, so that an interrupted pipeline continues where it stopped.
 
-A stage's key is a hash of its command, of the files it reads its settings from, and of the keys of the stages it
-needs. Its marker, a small JSON file, says which key was begun and whether it was finished: a finished stage is
-passed over, an interrupted one is continued, and one whose key has changed loses its outputs and is run anew.
+A stage's key is a hash of its command, of the files it reads its settings from, of other facts, and of the keys of
+the stages it needs. Its marker, a small JSON file, says which key was begun and whether it was finished: a finished
+stage is passed over, an interrupted one is continued, and one whose key has changed loses its outputs and is run anew.
 """
 
 import fcntl
@@ -44,6 +44,8 @@ class Stage:
     """Program and arguments; `python` is the interpreter that runs the pipeline."""
     reads: tuple[Path, ...] = ()
     """Files whose content is part of the stage: configurations."""
+    facts: tuple[str, ...] = ()
+    """What else it depends on: the size and the time of the corpus's files, which are too large to read for this."""
     writes: tuple[Path, ...] = ()
     """Files and directories that exist once it is done; removed before it is run with another key."""
     needs: tuple[str, ...] = ()
@@ -96,8 +98,8 @@ def stage_keys(stages: Sequence[Stage]) -> dict[str, str]:
         if missing:
             raise ConfigError(f"stage {stage.name}: no such file: {', '.join(missing)}")
         contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in stage.reads]
-        facts = [list(stage.command), contents, [keys[name] for name in stage.needs]]
-        keys[stage.name] = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        all_facts = [list(stage.command), contents, stage.facts, [keys[name] for name in stage.needs]]
+        keys[stage.name] = hashlib.sha256(json.dumps(all_facts).encode()).hexdigest()
     return keys
 
 

@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from megatext.config import ConfigError, load_config
+from megatext.data import DataError
 from megatext.quickstart import RECIPES, Quickstart
-from megatext.stages import Stage
+from megatext.stages import Stage, stage_keys
 from megatext.training.engine import accumulation_steps
 from tests.command_lines import ROOT, config_of, problems
 
@@ -22,8 +23,10 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_command_of_a_preset_is_well_formed(preset: str, recipe: str) -> None:
-    for options in ({}, {"num_processes": 2, "corpus": "my corpus.txt"}):
+def test_every_command_of_a_preset_is_well_formed(preset: str, recipe: str, tmp_path: Path) -> None:
+    text = tmp_path / "my corpus.txt"
+    text.touch()
+    for options in ({}, {"num_processes": 2, "corpus": str(text)}):
         quickstart = Quickstart(Path("launch/configs") / preset, recipe=recipe, **options)  # type: ignore[arg-type]
         wrong = {stage.name: found for stage in quickstart.stages if (found := problems(stage.shell()))}
         assert not wrong
@@ -55,22 +58,24 @@ def test_every_stage_has_what_it_needs(preset: str, recipe: str) -> None:
         assert all(set(path.parents) & written <= needed_outputs(quickstart, stage) for path in stage.writes)
         earlier.add(stage.name)
         written |= set(stage.writes)
-        assert stage.name in quickstart.preset.seconds, "a time is expected for every stage"
+        assert stage.expected_seconds in quickstart.preset.seconds.values(), "a time is expected for every stage"
 
 
 def needed_outputs(quickstart: Quickstart, stage: Stage) -> set[Path]:
     return {path for other in quickstart.stages if other.name in stage.needs for path in other.writes}
 
 
-def test_options_of_the_command_line_reach_the_stages() -> None:
+def test_options_of_the_command_line_reach_the_stages(tmp_path: Path) -> None:
     configs = Path("launch/configs/quickstart")
     plain = {stage.name: stage.shell() for stage in Quickstart(configs).stages}
     assert "--input pydocs: " in plain["shard"]
     assert plain["pretrain_lm"] == f"deepspeed --quiet --num_gpus 1 launch/pretrain_lm.py --config {configs}/lm.yaml"
     assert "--model runs/quickstart/models/lm " in plain["extract_hidden_states"]
     assert " --ema " in plain["export_dit"]
-    both = {stage.name: stage.shell() for stage in Quickstart(configs, num_processes=2, corpus="a b.txt").stages}
-    assert "--input 'a b.txt' " in both["shard"]
+    text = tmp_path / "a b.txt"
+    text.touch()
+    both = {stage.name: stage.shell() for stage in Quickstart(configs, num_processes=2, corpus=str(text)).stages}
+    assert f"--input '{text}' " in both["shard"]
     for name in ("lm", "vae", "token_vae", "dit"):
         assert "deepspeed --quiet --num_gpus 2 " in both[f"pretrain_{name}"]
         assert both[f"pretrain_{name}"].endswith(
@@ -83,6 +88,23 @@ def test_options_of_the_command_line_reach_the_stages() -> None:
     paper = {stage.name for stage in Quickstart(configs, recipe="textldm_paper").stages}
     assert "pretrain_dit_textldm_paper" in paper
     assert "pretrain_token_vae" not in paper
+
+
+def test_a_corpus_that_changes_is_sharded_again_and_recipes_do_not_undo_each_other(tmp_path: Path) -> None:
+    text, configs = tmp_path / "corpus.txt", Path("launch/configs/quickstart")
+
+    def keys(recipe: str = "default") -> dict[str, str]:
+        return stage_keys(Quickstart(configs, corpus=str(text), recipe=recipe).stages)
+
+    with pytest.raises(DataError, match="no such input"):
+        keys()
+    text.write_text("one")
+    first = keys()
+    other = keys("textldm_paper")
+    assert {name for name in first.keys() & other.keys() if first[name] != other[name]} == set()
+    assert "score" not in other and "score_textldm_paper" in other
+    text.write_text("another")
+    assert {name for name, key in keys().items() if key == first[name]} == set()
 
 
 def test_bad_presets_are_told(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Every command that README.md and docs/ show refers to targets, files, options and keys that exist."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,17 @@ def test_the_readme_shows_the_way() -> None:
     shown = {" ".join(command.split()[:2]) for command in commands((ROOT / "README.md").read_text())}
     programs = ("make quickstart", "make test", "python launch/generate.py", "python launch/export.py", "python -m")
     assert {*programs, "deepspeed launch/pretrain_vae.py", "deepspeed launch/pretrain_dit.py"} <= shown
+
+
+@pytest.mark.parametrize("folder", ["megatext", "data_tools", "evaluation"])
+def test_the_file_map_names_every_file(folder: str) -> None:
+    page = (ROOT / "README.md").read_text()
+    part = page[page.index(f"\n`{folder}/`") :]
+    rows = part[: part.index("\n\n", part.index("| file |"))]
+    named = {name.removeprefix("metrics/") for name in re.findall(r"`([\w/]+\.py)`", rows)}
+    files = {str(path.relative_to(ROOT / folder)) for path in (ROOT / folder).rglob("*.py")}
+    files = {name.removeprefix("metrics/") for name in files}
+    assert {n for n in named if "__init__" not in n} == {n for n in files if "__init__" not in n}
 
 
 def test_commands_are_found_where_readers_see_them() -> None:

@@ -76,8 +76,6 @@ class TokenStream:
         if config.split not in manifest["splits"]:
             raise DataError(f"{config.shards}: no split {config.split!r}, only {', '.join(manifest['splits'])}")
         self.tokenizer_fingerprint: str = manifest["tokenizer"]["fingerprint"]
-        self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
-        self.eos_id: int = manifest["tokenizer"]["eos_id"]
         self._shards = []
         for entry in manifest["splits"][config.split]["shards"]:
             shard = TarIndex(Path(config.shards) / entry["file"])
@@ -189,6 +187,11 @@ class TokenStream:
             hidden,
             valid,
         )
+
+    def micro_batches(self, plan: StepPlan, rank: int, count: int, rows: int) -> list[TokenBatch]:
+        """A rank's `count` consecutive batches of `rows` rows of a step."""
+        first = rank * count * rows
+        return [self.batch(plan, slice(start, start + rows)) for start in range(first, first + count * rows, rows)]
 
     def _locate(self, document: int) -> tuple[TarIndex, int]:
         shard = bisect_right(self._first_document, document) - 1

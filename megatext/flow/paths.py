@@ -10,6 +10,7 @@ there a conversion returns inf or nan, and a caller has no business asking.
 """
 
 import math
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -138,11 +139,6 @@ def path_from_name(name: str) -> Path:
     """ "linear", or "tan-D" with a positive number, as in "tan-3"."""
     if name == "linear":
         return Linear()
-    if name.startswith("tan-"):
-        try:
-            d = float(name.removeprefix("tan-"))
-        except ValueError:
-            pass
-        else:
-            return TanD(d)
+    if turn := re.fullmatch(r"tan-(\d+\.?\d*)", name):
+        return TanD(float(turn[1]))
     raise ConfigError(f'unknown path "{name}": write "linear", or "tan-D" with a positive number such as "tan-3"')

@@ -162,10 +162,10 @@ class _Writer:
     def _decode(self, rows: Tensor, final: Tensor, own: Layout) -> Tensor:
         """Tokens of the block; a VAE decodes it together with the latents of what stands before it."""
         if self.generator.module.table is not None:
-            return self.generator.tokens_of(final, own)
+            return self.generator.tokens_of(final, own, self.sampling)
         slots = self.slots[rows]
         latents = self._latents(rows, self.tokens[rows], slots)
         latents = latents.scatter(1, own.position[..., None].expand_as(final), final)
         end = own.position[:, -1:]
         layout = Layout.of(torch.where(slots <= end, 0, PADDING), slots, block_tokens=self.size)
-        return self.generator.tokens_of(latents, layout).gather(1, own.position)
+        return self.generator.tokens_of(latents, layout, self.sampling).gather(1, own.position)

@@ -51,5 +51,6 @@ def draw_tokens(logits: Tensor, temperature: float, u: Tensor) -> Tensor:
     if temperature == 0:
         return logits.argmax(dim=-1)
     cumulative = torch.softmax(logits / temperature, dim=-1).double().cumsum(dim=-1)
-    found = torch.searchsorted(cumulative, u[..., None].double() * cumulative[..., -1:])[..., 0]
+    # right: a token of no probability is not drawn even at u = 0
+    found = torch.searchsorted(cumulative, u[..., None].double() * cumulative[..., -1:], right=True)[..., 0]
     return found.clamp(max=logits.shape[-1] - 1)

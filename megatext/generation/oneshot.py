@@ -49,5 +49,5 @@ def generate(
     final = generator.denoise(
         noise, sampling, lambda z, t, p: predict(z, t, p, True), lambda z, t, p: predict(z, t, p, False)
     )
-    written = generator.tokens_of(final, alone)
+    written = generator.tokens_of(final, alone, sampling)
     yield [written[row, first:last].tolist() for row, (first, last) in enumerate(lengths)]

@@ -23,4 +23,5 @@ class SamplingConfig:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Timesteps in which guidance acts."""
     length: Literal["oracle", "eos"] = "oracle"
-    """`oracle` generates the number of tokens asked for; `eos` at most that many, cut at the first end of text."""
+    """`oracle` generates the number of tokens asked for, none of them an end of text; `eos` at most that many, cut at
+    the first end of text."""

@@ -123,6 +123,7 @@ class TextGenerator:
         channels = self.vae.config.latent_channels
         grid = self.flow.timesteps.inference_grid(sampling.steps, sampling.grid).to(self.device)
         table, feeds_back = self.module.table, self.module.network.config.self_conditioning
+        barred = self.barred(sampling)
         last: dict[str, Tensor] = {}
 
         def x0(z: Tensor, t: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ class TextGenerator:
             if table is None:
                 last["x0"] = last["final"] = self.module.x0(z, every, predicted)
                 return last["x0"]
-            logits = self.module.logits(predicted, z, every)
+            logits = self.module.logits(predicted, z, every).masked_fill(barred, -torch.inf)
             last["x0"] = objectives.expected_latent(logits, table, sampling.temperature)
             if sampling.solver != "ancestral":
                 last["final"] = logits.argmax(dim=-1)
@@ -149,11 +150,20 @@ class TextGenerator:
     def device(self) -> torch.device:
         return self.module.network.latent_in.weight.device
 
-    def tokens_of(self, final: Tensor, layout: Layout) -> Tensor:
+    def barred(self, sampling: SamplingConfig) -> Tensor:
+        """bool `[vocab_size]`: entries that are never written. With `oracle` lengths the end of text is among them, as
+        for autoregressive baselines: a text that is told its length does not end before it."""
+        barred = torch.zeros(self.vae.vocab_size, dtype=torch.bool, device=self.device)
+        if sampling.length == "oracle":
+            barred[[self.tokenizer.eos_id, self.tokenizer.pad_id]] = True
+        return barred
+
+    def tokens_of(self, final: Tensor, layout: Layout, sampling: SamplingConfig) -> Tensor:
         """Token ids `[rows, columns]` of what `denoise` returned: themselves, or the VAE's decoding of latents."""
         if self.module.table is not None:
             return final
-        return self.vae.decode(self.vae.unstandardise(final), layout).argmax(dim=-1)
+        logits = self.vae.decode(self.vae.unstandardise(final), layout)
+        return logits.masked_fill(self.barred(sampling), -torch.inf).argmax(dim=-1)
 
     def latents_of(self, tokens: Tensor, layout: Layout) -> Tensor:
         """Standardised latents (posterior mean) of clean tokens."""

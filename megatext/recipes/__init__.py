@@ -1,20 +1,24 @@
 """One system a file. The registry finds a run's recipe from the class of its configuration."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatext.config import ConfigError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from megatext.recipes.base import Recipe
-    from megatext.training.trainer import RunConfig
+    from megatext.training.run_config import RunConfig
 
 _MODULES = {
     "PretrainLMConfig": "megatext.recipes.causal_lm",
     "PretrainVAEConfig": "megatext.recipes.text_vae",
     "PretrainDiTConfig": "megatext.recipes.text_dit",
 }
-"""Configuration class -> the module that defines it, with a function `build(config) -> Recipe`."""
+"""Configuration class -> the module that defines it, with three functions: `build(config) -> Recipe`;
+`inputs(config) -> list[str]`, the directories that must be there before; and `make(config, vocab_size) -> nn.Module`,
+the module that `build` would train, also on the meta device and before its inputs are there."""
 
 
 def config_class(name: str) -> "type[RunConfig]":
@@ -27,7 +31,26 @@ def config_class(name: str) -> "type[RunConfig]":
 
 def build_recipe(config: "RunConfig") -> "Recipe":
     """The recipe that a configuration describes, randomly initialised from its seed."""
+    recipe: Recipe = _module_of(config).build(config)
+    return recipe
+
+
+def inputs_of(config: "RunConfig") -> list[str]:
+    """The directories that a run reads: shards, teacher states, models it builds on."""
+    found: list[str] = _module_of(config).inputs(config)
+    return found
+
+
+def meta_module(config: "RunConfig", vocab_size: int) -> "nn.Module":
+    """The module that a run would train, without memory for its weights: for what it costs."""
+    import torch
+
+    with torch.device("meta"):
+        module: nn.Module = _module_of(config).make(config, vocab_size)
+    return module
+
+
+def _module_of(config: "RunConfig") -> Any:
     name = type(config).__name__
     config_class(name)
-    recipe: Recipe = import_module(_MODULES[name]).build(config)
-    return recipe
+    return import_module(_MODULES[name])

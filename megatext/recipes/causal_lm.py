@@ -19,7 +19,7 @@ from megatext.data.shards import TOKENIZER_FOLDER, read_manifest
 from megatext.recipes.base import Output, Prepared, Recipe
 from megatext.rng import generator, uniform
 from megatext.tokenizer import load_tokenizer
-from megatext.training.trainer import RunConfig
+from megatext.training.run_config import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,18 @@ class CausalLMRecipe(Recipe):
         self.tokenizer = load_tokenizer(Path(config.data.shards) / TOKENIZER_FOLDER)
         self.tokenizer_fingerprint = self.tokenizer.fingerprint()
         self.config = config
-        self.module = build_module(config, self.tokenizer.vocab_size, self.tokenizer.eos_id, self.tokenizer.pad_id)
+        self.module = make(config, self.tokenizer.vocab_size, self.tokenizer.eos_id, self.tokenizer.pad_id)
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Tensor by tensor from (seed, name): the same on every rank and for any order."""
+        for name, parameter in self.module.lm.named_parameters():
+            if parameter.dim() >= 2:
+                # GPT-2's scaling: what writes into the residual stream starts smaller, the deeper the network.
+                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = 0.02 / math.sqrt(2 * self.config.model.layers) if writes else 0.02
+                parameter.normal_(0.0, std, generator=generator(self.config.seed, f"init/{name}"))
 
     def prepare(self, batch: TokenBatch, *, step: int, purpose: str = "train") -> Prepared:
         tokens, segment, position = batch.tokens, batch.segment, batch.position
@@ -170,8 +181,8 @@ def causal_in_segment(segment: Tensor) -> Tensor:
     return ((segment[:, :, None] == segment[:, None, :]) & before)[:, None]
 
 
-def build_module(config: PretrainLMConfig, vocab_size: int, eos_id: int, pad_id: int) -> CausalLM:
-    """The network, fp32, initialised tensor by tensor from (seed, name): the same on every rank and for any order."""
+def make(config: PretrainLMConfig, vocab_size: int, eos_id: int = 0, pad_id: int = 0) -> CausalLM:
+    """The network, fp32."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     model = config.model
@@ -194,18 +205,14 @@ def build_module(config: PretrainLMConfig, vocab_size: int, eos_id: int, pad_id:
     )
     architecture._attn_implementation = model.attention or ("sdpa" if on_gpu else "eager")
     lm = Qwen3ForCausalLM(architecture).float()
-    with torch.no_grad():
-        for name, parameter in lm.named_parameters():
-            if parameter.dim() >= 2:
-                # GPT-2's scaling: what writes into the residual stream starts smaller, the deeper the network.
-                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
-                std = 0.02 / math.sqrt(2 * model.layers) if writes else 0.02
-                parameter.normal_(0.0, std, generator=generator(config.seed, f"init/{name}"))
     if model.activation_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return CausalLM(lm, model.logits_chunk_tokens)
 
 
 def build(config: PretrainLMConfig) -> CausalLMRecipe:
-    """For the registry."""
     return CausalLMRecipe(config)
+
+
+def inputs(config: PretrainLMConfig) -> list[str]:
+    return [config.data.shards]

@@ -14,22 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from megatext import rng
-from megatext.config import ConfigError
+from megatext.config import ConfigError, from_dict
 from megatext.data.packing import TokenBatch
 from megatext.flow import objectives
 from megatext.flow.paths import Path as NoisePath
 from megatext.flow.paths import path_from_name
 from megatext.flow.timesteps import TimestepConfig
 from megatext.nn.attention import Mask, make_mask
-from megatext.nn.blocks import initialise
+from megatext.nn.blocks import TrunkConfig, initialise
 from megatext.nn.dit import TextDiT, TextDiTConfig
 from megatext.nn.layout import CONTEXT, TARGET, Layout
-from megatext.nn.text_vae import TextVAE
+from megatext.nn.text_vae import TextVAE, TextVAEConfig
 from megatext.recipes.base import Output, Prepared, Recipe
 from megatext.recipes.draws import RowDraws
-from megatext.recipes.pretrained import load_text_vae, weights_hash, write_model
+from megatext.recipes.pretrained import load_text_vae, read_description, weights_hash, write_model
 from megatext.recipes.warm_start import load_language_model
-from megatext.training.trainer import RunConfig
+from megatext.training.run_config import RunConfig
 
 TIMESTEP_BINS = 10
 """Loss is logged in this many equal bins of the timestep."""
@@ -173,6 +173,15 @@ class TextDiTTraining(nn.Module):
             assert self.table is not None
             return objectives.expected_latent(self.logits(predicted, noisy, t), self.table, temperature)
         return self.path.x0_from_velocity(noisy, predicted, t) if self.flow.objective == "velocity" else predicted
+
+    def constant_loss(self, logits: Tensor, latents: Tensor, noise: Tensor, tokens: Tensor, t: Tensor) -> Tensor:
+        """float32 `[rows, columns]`: the loss if the network's output were `logits` `[vocab_size]` everywhere. Row by
+        row, as the logits of all at once may not fit."""
+        noisy = self.path.interpolate(latents, noise, t)
+        rows = zip(noisy, latents, noise, tokens, t, strict=True)
+        return torch.cat([
+            self._loss_per_token(logits.expand(1, len(row[0]), -1), *(part[None] for part in row)) for row in rows
+        ])  # fmt: skip
 
     def _loss_per_token(
         self, predicted: Tensor, noisy: Tensor, latents: Tensor, noise: Tensor, tokens: Tensor, t: Tensor
@@ -345,22 +354,22 @@ class TextDiTRecipe(Recipe):
 
     @torch.no_grad()
     def finish(self, batches: list[TokenBatch]) -> dict[str, float]:
-        """What the best predictor that ignores its input would lose, in each timestep bin of the validation rows: the
-        bar of `validation/loss_t*`. For token cross-entropy it is the entropy of the rows' own unigrams."""
+        """What the best network that ignores its input would lose, in each timestep bin of the validation rows: the
+        bar of `validation/loss_t*`. For token cross-entropy its output is the rows' own unigrams; where the recipe adds
+        the noisy latent's likelihood to the logits, it is added to them too."""
         every = torch.cat([batch.tokens[batch.segment >= 0] for batch in batches])
-        shares = torch.bincount(every).double() / len(every)
-        entropy = torch.special.entr(shares).sum().float()
+        shares = torch.bincount(every, minlength=self.vae.vocab_size).double() / len(every)
+        unigrams = shares.clamp(min=1e-12).log().float()
         sums, counts = torch.zeros(TIMESTEP_BINS), torch.zeros(TIMESTEP_BINS)
         for batch in batches:
             inputs = self.prepare(batch, step=0, purpose="validation").inputs
-            t = inputs["timesteps"][inputs["timestep_index"]].cpu()
+            t = inputs["timesteps"][inputs["timestep_index"]]
             if self.flow.objective == "token_cross_entropy":
-                error = entropy.cpu().expand_as(t)
+                error = self.module.constant_loss(unigrams, inputs["latents"], inputs["noise"], inputs["tokens"], t)
             else:
-                goal: Literal["velocity", "x0"] = "velocity" if self.flow.objective == "velocity" else "x0"
-                error = objectives.constant_predictor_error(self.module.path, t, goal)
-            sum_, count = objectives.by_timestep_bin(error, t, inputs["loss_mask"].cpu(), TIMESTEP_BINS)
-            sums, counts = sums + sum_, counts + count
+                error = objectives.constant_predictor_error(self.module.path, t, self.flow.objective)
+            sum_, count = objectives.by_timestep_bin(error, t, inputs["loss_mask"], TIMESTEP_BINS)
+            sums, counts = sums + sum_.cpu(), counts + count.cpu()
         return {f"constant_t{i}": float(sums[i] / counts[i]) for i in range(TIMESTEP_BINS) if counts[i] > 0}
 
     def preview(self, seed: int) -> list[str]:
@@ -379,3 +388,18 @@ class TextDiTRecipe(Recipe):
 
 def build(config: PretrainDiTConfig) -> TextDiTRecipe:
     return TextDiTRecipe(config)
+
+
+def inputs(config: PretrainDiTConfig) -> list[str]:
+    return [config.data.shards, config.dit.vae, *([config.dit.warm_start] if config.dit.warm_start else [])]
+
+
+def make(config: PretrainDiTConfig, vocab_size: int) -> TextDiTTraining:
+    """On an untrained VAE: the exported one's sizes, or, where it is not there yet, those that the options ask for."""
+    if Path(config.dit.vae, "config.json").is_file():
+        described = read_description(config.dit.vae, "text_vae")["config"]
+        network = from_dict(TextVAEConfig, described, where=f"{config.dit.vae}/config.json")
+    else:
+        token_local = config.dit.network.output == "tokens"
+        network = TextVAEConfig(encoder=TrunkConfig(layers=0)) if token_local else TextVAEConfig()
+    return make_module(config.dit, TextVAE(network, vocab_size))

@@ -19,7 +19,7 @@ from megatext.recipes.base import Output, Prepared, Recipe
 from megatext.recipes.draws import RowDraws
 from megatext.recipes.pretrained import write_model
 from megatext.tokenizer import load_tokenizer
-from megatext.training.trainer import RunConfig
+from megatext.training.run_config import RunConfig
 
 NOISE_LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Noise levels of the reconstruction curve: latents (1 - s) z + s eps, standardised."""
@@ -114,8 +114,7 @@ class TextVAERecipe(Recipe):
         tokenizer = load_tokenizer(self.shards / TOKENIZER_FOLDER)
         self.tokenizer_fingerprint = tokenizer.fingerprint()
         self.teacher = TeacherStatistics.load(config.data.hidden_states) if config.vae.repa_weight > 0 else None
-        width = self.teacher.mean.numel() if self.teacher else 0
-        self.module = TextVAETraining(TextVAE(config.vae.network, tokenizer.vocab_size), config.vae, width)
+        self.module = make(config, tokenizer.vocab_size)
         initialise(
             self.module, lambda name, p: torch.randn(p.shape, generator=rng.generator(self.seed, f"init/{name}"))
         )
@@ -221,3 +220,16 @@ class TeacherStatistics:
 
 def build(config: PretrainVAEConfig) -> TextVAERecipe:
     return TextVAERecipe(config)
+
+
+def inputs(config: PretrainVAEConfig) -> list[str]:
+    states = config.data.hidden_states
+    return [config.data.shards, *([states] if states and config.vae.repa_weight > 0 else [])]
+
+
+def make(config: PretrainVAEConfig, vocab_size: int) -> TextVAETraining:
+    """The projector has the width of the teacher's states; where they are not there yet, that of Qwen3-1.7B's."""
+    states = config.data.hidden_states
+    known = states is not None and Path(states).is_dir()
+    width = TeacherStatistics.load(states).mean.numel() if known and config.vae.repa_weight > 0 else 2048
+    return TextVAETraining(TextVAE(config.vae.network, vocab_size), config.vae, width)

@@ -57,6 +57,29 @@ def verify(path: Path, files: Callable[[int], bool] = lambda index: True) -> Non
             raise DamagedCheckpoint(f"{path / name} is missing or was changed after it was written")
 
 
+def newest_whole(run_dir: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files all ranks find whole; None where there is no checkpoint. A collective.
+
+    The ranks share the reading. `say` is told of damaged ones; where all are damaged, raises ConfigError.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    candidates = list_checkpoints(run_dir)
+    for path in reversed(candidates):
+        problem = None
+        try:
+            verify(path, lambda index: index % world == rank)
+        except DamagedCheckpoint as error:
+            problem = str(error)
+        problems: list[Any] = [None] * world
+        dist.all_gather_object(problems, problem)
+        if not any(problems):
+            return path
+        say(f"warning: {next(filter(None, problems))}; trying the checkpoint before it")
+    if candidates:
+        raise ConfigError(f"every checkpoint in {run_dir / 'checkpoints'} is damaged; remove them to start anew")
+    return None
+
+
 def _fingerprint(path: Path) -> dict[str, int]:
     crc = 0
     with path.open("rb") as file:

@@ -21,7 +21,7 @@ from megatext.config import ConfigError
 from megatext.training.optimizer import MuonAdamW
 
 if TYPE_CHECKING:
-    from megatext.training.trainer import RunConfig
+    from megatext.training.run_config import RunConfig
 
 FREE_KEYS = {
     "zero_optimization",

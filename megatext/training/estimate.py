@@ -3,19 +3,21 @@
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatext.recipes.base import Recipe
-from megatext.training.engine import Processes, accumulation_steps, deepspeed_json
+from megatext.data.shards import TOKENIZER_FOLDER
+from megatext.recipes import build_recipe, inputs_of, meta_module
+from megatext.tokenizer import load_tokenizer
+from megatext.training.engine import Processes, accumulation_steps, chosen_precision, deepspeed_json, start_processes
 from megatext.training.metrics import duration, peak_tflops
+from megatext.training.run_config import RunConfig
+from megatext.training.trainer import train
 
-if TYPE_CHECKING:
-    from megatext.training.trainer import RunConfig
-
+QWEN3_VOCABULARY = 151_669
+"""Entries of Qwen3's tokenizer, which the paper's presets are for."""
 _GIB = 2**30
 
 
@@ -49,14 +51,15 @@ def state_gib(parameters: int, *, stage: int, world: int, precision: str, ema: b
     return parameters * (sharded_weight + sharded_gradient + sharded_state) / _GIB
 
 
-def describe(config: "RunConfig", recipe: Recipe, deepspeed_config: Path | None, world: int) -> str:
-    """The report that --dry_run prints. Raises ConfigError where the configuration cannot be run."""
+def describe(config: RunConfig, module: nn.Module, deepspeed_config: Path | None, world: int) -> str:
+    """The report that --dry_run prints; `module` may be on the meta device. Raises ConfigError where the configuration
+    cannot be run."""
     settings = deepspeed_json(config, deepspeed_config, world)
     chosen = settings["zero_optimization"].get("stage", 0)
     training = config.training
-    parameters = sum(p.numel() for p in recipe.module.parameters())
+    parameters = sum(p.numel() for p in module.parameters())
     tokens = training.rows_per_step * config.data.row_tokens
-    per_token = flops_per_token(recipe.module)
+    per_token = flops_per_token(module)
     total = per_token * tokens * config.max_steps
     lines = [
         f"parameters      {parameters:,} ({parameters / 2**20:.1f} x 2^20)",
@@ -86,14 +89,29 @@ def describe(config: "RunConfig", recipe: Recipe, deepspeed_config: Path | None,
     return "\n".join(lines)
 
 
-def dry_run(
-    config: "RunConfig", recipe: Recipe, deepspeed_config: Path | None, processes: Processes
-) -> dict[str, float]:
-    """Print what the run costs, then train one step on one row a process in a temporary run directory."""
-    from megatext.training.trainer import train
+def dry_run(config: RunConfig, deepspeed_config: Path | None) -> None:
+    """Print what the run costs, then train one step on one row a process in a temporary run directory.
 
+    The cost needs no shards and no memory for the weights: where what the run reads is not there yet, it is told for
+    Qwen3's vocabulary, and no step is tried. Every process of the run calls it.
+    """
+    processes = start_processes()
+    precision = chosen_precision(config.training.precision, processes)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precision))
+    tokenizer = Path(config.data.shards) / TOKENIZER_FOLDER
+    vocab_size = load_tokenizer(tokenizer).vocab_size if tokenizer.is_dir() else QWEN3_VOCABULARY
+    module = meta_module(config, vocab_size)
+    absent = [path for path in inputs_of(config) if not Path(path).is_dir()]
     if processes.is_main:
-        print(describe(config, recipe, deepspeed_config, processes.world), flush=True)
+        print(f"vocabulary      {vocab_size:,}{'' if tokenizer.is_dir() else ' (Qwen3, as there are no shards yet)'}")
+        print(describe(config, module, deepspeed_config, processes.world), flush=True)
+        if absent:
+            print(f"dry run: no step was tried, {' and '.join(absent)} being absent", flush=True)
+    if not absent:
+        _one_step(config, deepspeed_config, processes)
+
+
+def _one_step(config: RunConfig, deepspeed_config: Path | None, processes: Processes) -> None:
     with tempfile.TemporaryDirectory(prefix="megatext-dry-run-") as own:
         folders = [own]
         dist.broadcast_object_list(folders, src=0)
@@ -106,7 +124,6 @@ def dry_run(
             ),
             logging=dataclasses.replace(config.logging, wandb_project=None),
         )
-        figures = train(tiny, recipe, deepspeed_config)
+        train(tiny, build_recipe(tiny), deepspeed_config)
     if processes.is_main:
         print("dry run: one step on one row a process worked", flush=True)
-    return figures

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatext.data.packing import TokenBatch
+from megatext.training.run_state import RunState
 
 
 class NonFiniteError(RuntimeError):
@@ -18,10 +19,8 @@ class NonFiniteError(RuntimeError):
 class StepGuard:
     """Counts steps that DeepSpeed did not apply because a gradient was not finite."""
 
-    def __init__(self, limit: int, say: Callable[[str], None]) -> None:
-        self.limit = limit
-        self.say = say
-        self.skipped = 0
+    def __init__(self, limit: int, say: Callable[[str], None], state: RunState) -> None:
+        self.limit, self.say, self.state = limit, say, state
         self.in_a_row = 0
 
     def check(
@@ -32,7 +31,7 @@ class StepGuard:
         if engine.was_step_applied():
             self.in_a_row = 0
             return True
-        self.skipped += 1
+        self.state.skipped_steps += 1
         self.in_a_row += 1
         values = [float(loss) for loss in losses]
         suspect = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
@@ -47,7 +46,7 @@ class StepGuard:
         findings: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(findings, finding)
         lines = [f"rank {rank}: {text}" for rank, text in enumerate(findings) if text]
-        report = f"step {step + 1} skipped (skipped so far: {self.skipped}): " + (
+        report = f"step {step + 1} skipped (skipped so far: {self.state.skipped_steps}): " + (
             "; ".join(lines) or "losses are finite, a gradient is not"
         )
         self.say(report)

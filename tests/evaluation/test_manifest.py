@@ -1,12 +1,14 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from data_tools.shard import shard
 from evaluation.generation import Generations, load_generations, refuse_other_manifests
 from evaluation.manifest import build_manifest, load_manifest, save_manifest
 from evaluation.systems import SystemEntry, open_writer
-from evaluation.tasks import TASKS, TaskConfig, load_task
+from evaluation.tasks import TASKS, TaskConfig, load_task, open_pool
 from megatext.config import ConfigError
 from megatext.data import DataError
 from tests.evaluation.conftest import make_texts
@@ -56,8 +58,26 @@ def test_too_few_documents_says_how_many(task_file: Path) -> None:
 def test_missing_source_and_task_say_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         build_manifest(TaskConfig("x", str(tmp_path / "none.jsonl")))
-    with pytest.raises(ConfigError, match="shipped tasks: .*quickstart"):
-        load_task("quikstart")
+    with pytest.raises(ConfigError, match="shipped tasks: .*tinystories"):
+        load_task("tinystorys")
+
+
+def test_a_split_of_shards_is_a_source(tmp_path: Path, tokenizer_directory: Path) -> None:
+    text = tmp_path / "texts.jsonl"
+    texts = make_texts(40)
+    text.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    shards = tmp_path / "shards"
+    shard([str(text)], str(tokenizer_directory), shards, shard_tokens=300, validation_fraction=0.2, test_fraction=0.4)
+    read = []
+    for split in ("train", "validation", "test"):
+        pool = open_pool(f"shards:{shards}:{split}")
+        assert pool.lengths is not None and len(pool.ids) == len(pool.lengths)
+        documents = [pool.read(index) for index in range(len(pool.ids))]
+        assert all(len(ids) + 1 == length for ids, length in zip(documents, pool.lengths, strict=True))
+        read += [pool.tokenizer.decode(ids) for ids in documents]
+    assert sorted(read) == sorted(texts)
+    with pytest.raises(DataError, match="has no split dev"):
+        open_pool(f"shards:{shards}:dev")
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in TASKS.glob("*.yaml")))

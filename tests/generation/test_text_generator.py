@@ -164,6 +164,34 @@ def test_end_of_text_cuts(tmp_path: Path, tokenizer_directory: Path) -> None:
     assert generator._cut([7, 8, eos, 9], SamplingConfig()) == [7, 8, eos, 9]
 
 
+def test_no_text_ends_before_the_length_it_is_told(generator: TextGenerator) -> None:
+    eos = generator.tokenizer.eos_id
+    written: dict[str, list[int]] = {}
+    with torch.no_grad():  # a model that would rather end everywhere
+        if generator.module.table is not None:
+            head = generator.module.network.head
+            generator.module.network.head = torch.nn.Sequential(head, Prefers(eos))
+        else:
+            unembedding = generator.vae.unembedding
+            generator.vae.unembedding = torch.nn.Sequential(unembedding, Prefers(eos))  # type: ignore[assignment]
+    for length in ("oracle", "eos"):
+        sampling = SamplingConfig(steps=2, length=length)  # type: ignore[arg-type]
+        written[length] = [t for (piece,) in generator._pieces([Request([5, 6], 8, 0)], sampling) for t in piece]
+    assert eos not in written["oracle"] and len(written["oracle"]) == 8
+    assert written["eos"] == [eos] * 8
+
+
+class Prefers(torch.nn.Module):
+    """Logits that all but choose one token."""
+
+    def __init__(self, token: int) -> None:
+        super().__init__()
+        self.token = token
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_add(-1, torch.tensor([self.token]), torch.full((*logits.shape[:-1], 1), 1e5))
+
+
 def test_another_vae_is_refused(tmp_path: Path, tokenizer_directory: Path) -> None:
     directory = export(tmp_path, tokenizer_directory, "blocks")
     weights = directory / "vae" / "model.safetensors"
@@ -191,3 +219,5 @@ def test_tokens_are_drawn_from_the_softmax() -> None:
     shares = torch.bincount(drawn, minlength=7) / 20_000
     torch.testing.assert_close(shares, (logits[0, 0] / 0.7).softmax(-1), atol=1e-4, rtol=0)
     assert int(draw_tokens(logits, 0.0, torch.zeros(1, 1))) == int(logits.argmax())
+    barred = torch.tensor([[[-torch.inf, 0.0, 0.0]]])
+    assert int(draw_tokens(barred, 1.0, torch.zeros(1, 1))) == 1

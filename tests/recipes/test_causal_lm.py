@@ -16,7 +16,7 @@ from megatext.data.shards import TOKENIZER_FOLDER
 from megatext.data.stream import DataConfig
 from megatext.recipes.causal_lm import CausalLMConfig, CausalLMRecipe, PretrainLMConfig
 from megatext.training.metrics import LoggingConfig
-from megatext.training.trainer import TrainingConfig
+from megatext.training.run_config import TrainingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -17,8 +17,8 @@ from megatext.training.estimate import flops_per_token, state_gib
 from megatext.training.metrics import Logger, LoggingConfig, Meter, console_line, duration
 from megatext.training.optimizer import OptimizerConfig, build_optimizer, orthogonalize
 from megatext.training.partitions import _contiguous
+from megatext.training.run_config import RunConfig, TrainingConfig
 from megatext.training.schedule import learning_rate_share
-from megatext.training.trainer import RunConfig, TrainingConfig
 
 FILES = Path(__file__).resolve().parents[2] / "ds_configs"
 

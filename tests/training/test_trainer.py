@@ -13,7 +13,8 @@ from megatext.config import ConfigError, load_config
 from megatext.export import export
 from megatext.training import checkpoint
 from megatext.training.guards import NonFiniteError
-from megatext.training.trainer import REQUEUE_EXIT_CODE, check_built_on, train
+from megatext.training.run_state import check_built_on
+from megatext.training.trainer import REQUEUE_EXIT_CODE, train
 from tests.training import toy
 
 FILES = Path(__file__).resolve().parents[2] / "ds_configs"

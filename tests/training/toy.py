@@ -18,7 +18,8 @@ from megatext.config import ConfigError, cli_errors, load_config
 from megatext.data.packing import TokenBatch
 from megatext.data.shards import FORMAT_VERSION, ShardWriter, write_json
 from megatext.recipes.base import Output, Prepared, Recipe
-from megatext.training.trainer import RunConfig, train
+from megatext.training.run_config import RunConfig
+from megatext.training.trainer import train
 
 VOCABULARY = 61
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -189,4 +190,4 @@ if __name__ == "__main__":
         configuration, flags = load_config(ToyConfig, sys.argv[1:])
         if configuration.data.shards == "":
             raise ConfigError("data.shards is empty")
-        train(configuration, ToyRecipe(configuration), flags.deepspeed_config, flags.dry_run)
+        train(configuration, ToyRecipe(configuration), flags.deepspeed_config)

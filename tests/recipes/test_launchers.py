@@ -1,0 +1,132 @@
+"""Every launcher on two ranks with every file of ds_configs/, against one process; export; what --dry_run says."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatext.export import export
+from megatext.generation import SamplingConfig, TextGenerator
+from megatext.training.launch import launch
+from tests.training.toy import REPOSITORY, records, run_ranks
+
+TRUNK = {"layers": 2, "width": 32, "heads": 2, "activation_checkpointing": 1}
+COMMON = {
+    "max_steps": 4,
+    "optimizer": {"name": "muon", "learning_rate": 0.01},
+    "training": {"rows_per_step": 8, "precision": "fp32", "ema_decay": 0.9},
+    "logging": {"log_every_steps": 1},
+}
+LM = {"model": {"width": 32, "layers": 2, "heads": 2}}
+VAE = {
+    "vae": {
+        "network": {"latent_channels": 8, "encoder": {**TRUNK, "layers": 0}, "decoder": TRUNK},
+        "decoder_noise": 0.5,
+    }
+}
+BLOCKS = {
+    "network": {"trunk": TRUNK, "output": "tokens", "token_embedding": True, "self_conditioning": True},
+    "flow": {
+        "objective": "token_cross_entropy",
+        "token_likelihood": True,
+        "block_tokens": 2,
+        "self_conditioning_probability": 0.5,
+    },
+}
+ONE_SHOT = {"network": {"trunk": TRUNK, "time_conditioning": "none"}, "flow": {"null_condition": "zeros"}}
+SYSTEMS = {
+    "lm": ("lm", LM),
+    "vae": ("vae", VAE),
+    "blocks": ("dit", {"dit": BLOCKS}),
+    "one_shot": ("dit", {"dit": ONE_SHOT}),
+}
+FILES = sorted(path.stem for path in (REPOSITORY / "ds_configs").glob("*.json"))
+# One start of Python and DeepSpeed for several trainings: the start is what costs here.
+RUN_ALL = """
+import json, runpy, sys
+for command in json.loads(sys.argv[1]):
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
+"""
+
+
+def pretrain(names: list[str], world: int, ds_config: str | None, directory: Path, base: dict[str, Any]) -> None:
+    """Train systems on `world` ranks, with the same global batch; run directories are directory/NAME."""
+    directory.mkdir(exist_ok=True)
+    commands = []
+    for name in names:
+        launcher, own = SYSTEMS[name]
+        if "dit" in own:
+            own = {"dit": {**own["dit"], "vae": base["vae"]}}
+        path = directory / f"{name}.yaml"
+        config = {"run_dir": str(directory / name), "data": base["data"], **COMMON, **own}
+        path.write_text(yaml.safe_dump(config))
+        command = [f"launch/pretrain_{launcher}.py", "--config", str(path)]
+        command += [f"--training.micro_batch_rows={4 // world}"]
+        commands.append(command + (["--deepspeed_config", f"ds_configs/{ds_config}.json"] if ds_config else []))
+    finished = run_ranks(world, [sys.executable, "-c", RUN_ALL, json.dumps(commands)])
+    assert finished.returncode == 0, finished.stdout[-3000:]
+
+
+@pytest.fixture(scope="module")
+def alone(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """All systems trained by one process; what the others need to train the same."""
+    directory = tmp_path_factory.mktemp("alone")
+    base = {"data": {"shards": str(shards), "row_tokens": 32, "max_tokens": 32}, "vae": str(directory / "model")}
+    pretrain(["lm", "vae"], 1, None, directory, base)
+    export(directory / "vae", directory / "model", ema=True)
+    pretrain(["blocks", "one_shot"], 1, None, directory, base)
+    return directory, base
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ds_config", FILES)
+def test_two_ranks_equal_one_process(ds_config: str, alone: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    assert FILES == ["zero1", "zero2", "zero3", "zero3_offload"]
+    directory, base = alone
+    pretrain(list(SYSTEMS), 2, ds_config, tmp_path, base)
+    for name in SYSTEMS:
+        first, second = ([r["loss"] for r in records(d / name) if "loss" in r] for d in (directory, tmp_path))
+        assert len(first) == 4 and first == pytest.approx(second, rel=2e-5), name
+        previews = [[p.read_text() for p in sorted((d / name / "samples").glob("*"))] for d in (directory, tmp_path)]
+        assert previews[0] == previews[1], name
+    finished = [json.loads((d / "vae" / "finished.json").read_text()) for d in (directory, tmp_path)]
+    assert finished[0]["latent_std"] == pytest.approx(finished[1]["latent_std"], rel=1e-4)
+    for name in ("blocks", "one_shot"):
+        export(tmp_path / name, tmp_path / "model" / name, ema=True)
+        generator = TextGenerator.from_pretrained(tmp_path / "model" / name)
+        texts = generator.generate(
+            ["The quick", ""], target_tokens=[5, 5], seeds=[0, 1], sampling=SamplingConfig(steps=2)
+        )
+        assert len(texts) == 2
+
+
+@pytest.mark.parametrize("size", ["vae_350m", "vae_502m", "vae_690m", "dit_114m", "dit_328m", "dit_768m"])
+def test_a_dry_run_tells_the_paper_sizes_cost_on_a_fresh_clone(
+    size: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # no shards, no models
+    kind = "PretrainVAEConfig" if size.startswith("vae") else "PretrainDiTConfig"
+    launch(kind, ["--config", str(REPOSITORY / f"launch/configs/textldm/{size}.yaml"), "--dry_run"])
+    told = capsys.readouterr().out
+    millions = float(re.search(r"\(([\d.]+) x 2\^20\)", told)[1])  # type: ignore[index]
+    assert millions == pytest.approx(float(re.sub(r"\D", "", size)), rel=0.03)
+    assert "151,669 (Qwen3, as there are no shards yet)" in told
+    assert "no step was tried, data/openwebtext2-qwen3 and " in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_tries_a_step(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {"shards": str(shards), "row_tokens": 32, "max_tokens": 32}
+    (tmp_path / "lm.yaml").write_text(yaml.safe_dump({"run_dir": str(tmp_path / "run"), "data": data, **COMMON, **LM}))
+    launch("PretrainLMConfig", ["--config", str(tmp_path / "lm.yaml"), "--dry_run"])
+    told = capsys.readouterr().out
+    assert "vocabulary      300\n" in told
+    assert told.endswith("dry run: one step on one row a process worked\n")
+    assert not (tmp_path / "run").exists()
