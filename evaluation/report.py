@@ -193,7 +193,8 @@ def loss_plot(run: Path) -> bytes | None:
 
 
 def timesteps_plot(run: Path) -> bytes | None:
-    """Validation loss by timestep bin beside what the best predictor that ignores its input would lose."""
+    """Validation loss by timestep bin beside what the best constant loses, and, where the recipe knows the likelihood
+    of the noisy latent, what is lost with that and without context."""
     path = run / "finished.json"
     figures = json.loads(path.read_text()) if path.exists() else {}
     bins = sorted(int(key.removeprefix("constant_t")) for key in figures if key.startswith("constant_t"))
@@ -204,6 +205,9 @@ def timesteps_plot(run: Path) -> bytes | None:
     weights = "validation_ema" if f"validation_ema/loss_t{bins[0]}" in figures else "validation"
     losses = [figures[f"{weights}/loss_t{i}"] for i in bins]
     ax.plot(centres, [figures[f"constant_t{i}"] for i in bins], color="#9aa3ad", ls="--", label="best constant")
+    if f"no_context_t{bins[0]}" in figures:
+        without = [figures[f"no_context_t{i}"] for i in bins]
+        ax.plot(centres, without, color="#9aa3ad", ls=":", label="own latent, no context")
     ax.plot(centres, losses, color=_COLORS[0], marker="o", ms=4, label=f"{run.name}, {weights}")
     ax.set(xlabel="timestep (1 is noise)", ylabel="loss", title="Loss by timestep", xlim=(0, 1), ylim=(0, None))
     ax.legend(fontsize=8, frameon=False)

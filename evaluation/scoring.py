@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from tqdm import tqdm
 
 from evaluation import statistics
 from evaluation.files import atomic_write, hash_of, hash_of_code, hash_of_model
@@ -114,11 +115,13 @@ def score(
         "bertscore": scorer.bertscore,
         "mauve": scorer.mauve,
     }
-    for name, step in steps.items():
-        if name in config.metrics:
-            began = time.perf_counter()
-            step()
-            timings[name] = round(time.perf_counter() - began, 2)
+    with tqdm(total=len(config.metrics) * len(generations), desc="score", unit="row", disable=None) as scorer.progress:
+        for name, step in steps.items():
+            if name in config.metrics:
+                scorer.progress.set_postfix_str(name)
+                began = time.perf_counter()
+                step()
+                timings[name] = round(time.perf_counter() - began, 2)
     results = {
         "schema_version": 1,
         "command": shlex.join(["python", "-m", "evaluation", *sys.argv[1:]]),
@@ -167,6 +170,7 @@ class _Scorer:
         self.notes: list[str] = []
         self.parameters: dict[str, Any] = {}
         self.unconditional: list[dict[str, Any]] = []
+        self.progress: Any = None
         self._bootstrap = statistics.Bootstrap(self.n, draws=config.bootstrap_draws, seed=config.seed)
         self._cache = output / "cache" / "features"
         self._judge_hash = judge_hash
@@ -216,6 +220,7 @@ class _Scorer:
             self.rows[i]["length_ratio"] = _metric(length_ratio, "ratio", self.n, None)
             self.per_sample[i]["tokens"] = [len(ids) for ids in written[i]]
         self._score_unconditional(tokenizer)
+        self.progress.update(len(tokens))
 
     def _judge_gap(self, prefixes: list[list[int]], tokens: list[list[list[int]]]) -> None:
         """nll and G of every system."""
@@ -309,6 +314,7 @@ class _Scorer:
                 values = [100 * s[name].fmeasure for s in scores]
                 self.rows[i][name] = self._mean(values, "percent", "higher")
                 self.per_sample[i][name] = values
+            self.progress.update()
         wordless = sum(not tokenize(sample.target) for sample in self.manifest.samples)
         self.parameters["rouge"] = {"value": "F1", "stemmer": False, "targets_without_words": wordless}
 
@@ -324,6 +330,7 @@ class _Scorer:
                 {**self._mean(values, "percent", "higher"), "truncated": result.truncated}
             )
             self.per_sample[i]["bertscore"] = values
+            self.progress.update()
         self.parameters["bertscore"] = {"value": "F1", "layer": layer, "idf": False, "rescaled": False}
 
     def mauve(self) -> None:
@@ -351,6 +358,7 @@ class _Scorer:
             self.rows[i]["mauve"] = _metric(
                 100 * result.mean, "percent", self.n, "higher", spread, "SD over k-means seeds", **more
             )
+            self.progress.update()
         self.parameters["mauve"] = {
             "scaling": SCALING, "clusters": clusters, "floor": 100 * FLOOR, "text": "continuation", "faiss_threads": 1,
             "features": f"{self.config.dtype}, last token of the last layer",

@@ -1,7 +1,6 @@
 """Checks a command as a reader would type it: do its targets, files, options and configuration keys exist?"""
 
 import functools
-import importlib
 import importlib.util
 import os
 import re
@@ -11,6 +10,7 @@ import sys
 from pathlib import Path
 
 from megatext.config import ConfigError, load_config
+from megatext.recipes import config_class
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ("make", "python", "deepspeed")
@@ -85,10 +85,9 @@ def _script_problems(script: str, arguments: list[str]) -> list[str]:
 
 
 def config_of(script: str) -> type:
-    """The configuration a launcher reads, found in its one import of it."""
-    source = (ROOT / script).read_text()
-    (found,) = re.findall(r"from (megatext\.recipes\.\w+) import (Pretrain\w+Config)", source)
-    return getattr(importlib.import_module(found[0]), found[1])
+    """The configuration a launcher reads, which it names."""
+    (name,) = re.findall(r'launch\("(Pretrain\w+Config)"', (ROOT / script).read_text())
+    return config_class(name)
 
 
 def _option_problems(program: tuple[str, ...], arguments: list[str]) -> list[str]:

@@ -174,14 +174,12 @@ class TextDiTTraining(nn.Module):
             return objectives.expected_latent(self.logits(predicted, noisy, t), self.table, temperature)
         return self.path.x0_from_velocity(noisy, predicted, t) if self.flow.objective == "velocity" else predicted
 
-    def constant_loss(self, logits: Tensor, latents: Tensor, noise: Tensor, tokens: Tensor, t: Tensor) -> Tensor:
-        """float32 `[rows, columns]`: the loss if the network's output were `logits` `[vocab_size]` everywhere. Row by
+    def no_context_loss(self, prior: Tensor, latents: Tensor, noise: Tensor, tokens: Tensor, t: Tensor) -> Tensor:
+        """float32 `[rows, columns]`: the loss if the network's logits were `prior` `[vocab_size]` everywhere. Row by
         row, as the logits of all at once may not fit."""
         noisy = self.path.interpolate(latents, noise, t)
-        rows = zip(noisy, latents, noise, tokens, t, strict=True)
-        return torch.cat([
-            self._loss_per_token(logits.expand(1, len(row[0]), -1), *(part[None] for part in row)) for row in rows
-        ])  # fmt: skip
+        rows = zip(noisy, tokens, t, strict=True)
+        return torch.stack([objectives.token_losses(self.logits(prior, z, at), ids) for z, ids, at in rows])
 
     def _loss_per_token(
         self, predicted: Tensor, noisy: Tensor, latents: Tensor, noise: Tensor, tokens: Tensor, t: Tensor
@@ -354,23 +352,35 @@ class TextDiTRecipe(Recipe):
 
     @torch.no_grad()
     def finish(self, batches: list[TokenBatch]) -> dict[str, float]:
-        """What the best network that ignores its input would lose, in each timestep bin of the validation rows: the
-        bar of `validation/loss_t*`. For token cross-entropy its output is the rows' own unigrams; where the recipe adds
-        the noisy latent's likelihood to the logits, it is added to them too."""
+        """What `validation/loss_t*` has to stay below, in each timestep bin of the validation rows.
+
+        `constant_t*`: the best prediction that is always the same; for token cross-entropy it is the rows' unigrams.
+        `no_context_t*`: where the recipe adds the noisy latent's likelihood to the logits, unigrams with that
+        likelihood, the best that can be known of a token from its own latent alone. What lies below it is context.
+        """
         every = torch.cat([batch.tokens[batch.segment >= 0] for batch in batches])
         shares = torch.bincount(every, minlength=self.vae.vocab_size).double() / len(every)
         unigrams = shares.clamp(min=1e-12).log().float()
-        sums, counts = torch.zeros(TIMESTEP_BINS), torch.zeros(TIMESTEP_BINS)
+        names = ["constant", *(["no_context"] if self.flow.token_likelihood else [])]
+        found = {name: torch.zeros(2, TIMESTEP_BINS) for name in names}
         for batch in batches:
             inputs = self.prepare(batch, step=0, purpose="validation").inputs
-            t = inputs["timesteps"][inputs["timestep_index"]]
+            t, tokens = inputs["timesteps"][inputs["timestep_index"]], inputs["tokens"]
             if self.flow.objective == "token_cross_entropy":
-                error = self.module.constant_loss(unigrams, inputs["latents"], inputs["noise"], inputs["tokens"], t)
+                errors = [-unigrams[tokens]]
             else:
-                error = objectives.constant_predictor_error(self.module.path, t, self.flow.objective)
-            sum_, count = objectives.by_timestep_bin(error, t, inputs["loss_mask"], TIMESTEP_BINS)
-            sums, counts = sums + sum_.cpu(), counts + count.cpu()
-        return {f"constant_t{i}": float(sums[i] / counts[i]) for i in range(TIMESTEP_BINS) if counts[i] > 0}
+                errors = [objectives.constant_predictor_error(self.module.path, t, self.flow.objective)]
+            if self.flow.token_likelihood:
+                errors.append(self.module.no_context_loss(unigrams, inputs["latents"], inputs["noise"], tokens, t))
+            for name, error in zip(names, errors, strict=True):
+                binned = objectives.by_timestep_bin(error, t, inputs["loss_mask"], TIMESTEP_BINS)
+                found[name] += torch.stack(binned).cpu()
+        return {
+            f"{name}_t{i}": float(total / count)
+            for name, bins in found.items()
+            for i, (total, count) in enumerate(bins.T)
+            if count > 0
+        }
 
     def preview(self, seed: int) -> list[str]:
         from megatext.generation.text_generator import TextGenerator

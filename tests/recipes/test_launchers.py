@@ -125,7 +125,7 @@ def test_a_dry_run_tries_a_step(
 ) -> None:
     data = {"shards": str(shards), "row_tokens": 32, "max_tokens": 32}
     (tmp_path / "lm.yaml").write_text(yaml.safe_dump({"run_dir": str(tmp_path / "run"), "data": data, **COMMON, **LM}))
-    launch("PretrainLMConfig", ["--config", str(tmp_path / "lm.yaml"), "--dry_run"])
+    launch("PretrainLMConfig", ["--config", str(tmp_path / "lm.yaml"), "--training.micro_batch_rows", "4", "--dry_run"])
     told = capsys.readouterr().out
     assert "vocabulary      300\n" in told
     assert told.endswith("dry run: one step on one row a process worked\n")
