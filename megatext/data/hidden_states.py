@@ -64,7 +64,8 @@ class HiddenStatesWriter:
                         f"{directory}: holds states with {name} = {present.get(name)!r}, not {value!r}; "
                         "choose another --output"
                     )
-            if split in present["splits"]:
+            written = present["splits"].pop(split, None)  # one whose files were removed is written anew
+            if written is not None and all((self.directory / entry["file"]).exists() for entry in written["shards"]):
                 raise DataError(f"{directory}: already holds states of split {split!r}; choose another --output")
             self._manifest["splits"] = present["splits"]
         self._entries: list[dict[str, Any]] = []

@@ -98,3 +98,5 @@ def test_states_for_other_windows_or_tokenizers_are_refused(tmp_path: Path) -> N
         HiddenStatesWriter(tmp_path / "states", {**DESCRIPTION, "layer": -1}, split="test", storage="bf16")
     with pytest.raises(DataError, match="already holds states of split 'train'"):
         HiddenStatesWriter(tmp_path / "states", DESCRIPTION, split="train", storage="bf16")
+    (tmp_path / "states" / "train-000000.tar").unlink()  # as a stage does that is run again
+    HiddenStatesWriter(tmp_path / "states", DESCRIPTION, split="train", storage="bf16").abandon()
