@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatext.config import ConfigError
+from megatext.data import DataError
 from megatext.training.partitions import Fragment, Partitions
 
 FORMAT_VERSION = 1
@@ -100,7 +101,7 @@ def save(
 
     `flat`: named lists of tensors, one for each partition and laid out like its master ("master", "ema", "exp_avg",
     ...); None where a partition has no such tensor. `scalars` must be alike on all ranks.
-    Raises OSError, on every rank, where the disk refuses.
+    Raises DataError, on every rank, where the disk refuses.
     """
     rank = partitions.rank
     work = path.with_name(f".unfinished-{path.name}")
@@ -142,7 +143,10 @@ def save(
     if failures:
         if rank == 0:
             shutil.rmtree(work, ignore_errors=True)
-        raise OSError(f"the checkpoint {path} could not be written: {failures[0]}")
+        raise DataError(
+            f"the checkpoint {path} could not be written: {failures[0]}; remove the cause and start the same command "
+            "again, it continues from the checkpoint before"
+        )
     if rank == 0:
         files = {name: entry for _, entries in gathered for name, entry in entries.items()}
         (work / "COMPLETE").write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")

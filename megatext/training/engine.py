@@ -174,7 +174,7 @@ def deepspeed_json(config: "RunConfig", path: Path | None, world: int) -> dict[s
         "train_batch_size": config.training.rows_per_step,
         "train_micro_batch_size_per_gpu": config.training.micro_batch_rows,
         "gradient_accumulation_steps": accumulation_steps(config, world),
-        "gradient_clipping": config.optimizer.clip_norm,
+        "gradient_clipping": config.optimizer.clip_norm if stage else 0.0,  # the optimizer's own under ZeRO 0
         "bf16": {"enabled": precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,

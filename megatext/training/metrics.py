@@ -134,7 +134,7 @@ class Logger:
 
     def finish(self) -> None:
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
 
 def _read_text(path: Path) -> str:

@@ -89,6 +89,7 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, *, muon_dtype: t
             for kind, params in groups.items()
             if params
         ],
+        clip_norm=config.clip_norm,
         lr=0.0,
         betas=config.betas,
         eps=config.eps,
@@ -105,6 +106,14 @@ class MuonAdamW(torch.optim.AdamW):
 
     _layouts: dict[Tensor, Partition]
     _shapes: dict[str, torch.Size]
+    overflow = False
+    """Whether the last step was skipped; DeepSpeed reads it where it does not wrap this optimizer (ZeRO 0)."""
+    _global_grad_norm: float | None = None
+    """Before clipping; read by DeepSpeed like `overflow`."""
+
+    def __init__(self, groups: list[dict[str, Any]], *, clip_norm: float, **options: Any) -> None:
+        super().__init__(groups, **options)
+        self.clip_norm = clip_norm
 
     def bind(self, partitions: Partitions) -> None:
         """Learn the layout of the flat tensors that `step` will see."""
@@ -122,6 +131,8 @@ class MuonAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One step on the gradients in `.grad`. With several ranks and Muon a collective."""
+        if self._aliased and not self._clip():
+            return
         groups = self.param_groups
         adam = [group for group in groups if not group["muon"] and group["params"]]
         if adam:
@@ -135,6 +146,17 @@ class MuonAdamW(torch.optim.AdamW):
                 for parameter in group["params"]:
                     if parameter.grad is not None:
                         self._muon_step(parameter, group)
+
+    def _clip(self) -> bool:
+        """Under ZeRO 0 DeepSpeed neither tells the gradient's norm nor skips a step that is not finite: both are done
+        here. False: skip."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self._global_grad_norm = float(norm)
+        self.overflow = not math.isfinite(self._global_grad_norm)
+        if self.clip_norm and not self.overflow:
+            torch._foreach_mul_(gradients, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        return not self.overflow
 
     def _muon_step(self, parameter: Tensor, group: dict[str, Any]) -> None:
         gradient = parameter.grad

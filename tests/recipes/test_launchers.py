@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from megatext.export import export
 from megatext.generation import SamplingConfig, TextGenerator
@@ -103,6 +105,23 @@ def test_two_ranks_equal_one_process(ds_config: str, alone: tuple[Path, dict[str
             ["The quick", ""], target_tokens=[5, 5], seeds=[0, 1], sampling=SamplingConfig(steps=2)
         )
         assert len(texts) == 2
+
+
+def test_a_run_goes_on_with_the_vae_it_began_with_only(
+    alone: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory, _ = alone
+    run, other = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(directory / "blocks", run)
+    shutil.copytree(directory / "model", other)
+    weights = load_file(other / "model.safetensors")
+    save_file(weights | {"latent_mean": weights["latent_mean"] + 0.01}, other / "model.safetensors")
+    options = ["--config", str(directory / "blocks.yaml"), f"--run_dir={run}", "--training.micro_batch_rows=4"]
+    with pytest.raises(SystemExit):
+        launch("PretrainDiTConfig", [*options, "--max_steps=5", f"--dit.vae={other}"])
+    assert "was trained on another dit.vae than lies there now" in capsys.readouterr().err
+    launch("PretrainDiTConfig", [*options, "--max_steps=5"])
+    assert "at step 4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("size", ["vae_350m", "vae_502m", "vae_690m", "dit_114m", "dit_328m", "dit_768m"])

@@ -146,6 +146,20 @@ def test_rewind_forgets_what_will_be_logged_again(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in logger.path.read_text().splitlines()] == [1, 2]
 
 
+def test_wandb_offline_mirrors_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a key and a network: what is logged lies in the run directory, to be synchronised later."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    logger = Logger(tmp_path, LoggingConfig(wandb_project="p"), is_main=True, resolved={"seed": 7})
+    assert logger._wandb is not None
+    logger.record(3, {"loss": 1.25})
+    logger.finish()
+    (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    content = log.read_bytes()
+    assert b"loss" in content and b"1.25" in content and b"seed" in content
+
+
 def test_missing_wandb_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,7 @@
 """The trainer as its users meet it: whole runs on one and two processes, killed, resumed, damaged, exported."""
 
 import json
+import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from megatext import recipes
 from megatext.config import ConfigError, load_config
+from megatext.data import DataError
 from megatext.export import export
 from megatext.training import checkpoint
 from megatext.training.guards import NonFiniteError
@@ -94,9 +96,19 @@ def test_ema_equals_an_unsharded_average(folder: Path, reference: Path) -> None:
         torch.testing.assert_close(kept[name].double(), value, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("ds_file", ["zero2.json", "zero3.json", "zero3_offload.json"])
-def test_every_stage_takes_the_same_steps(folder: Path, reference: Path, ds_file: str) -> None:
-    assert_same_run(run_here(folder, f"one-{ds_file}", ds_file), reference, 1e-5)
+@pytest.fixture(scope="module")
+def zero0(folder: Path) -> str:
+    """The stage that needs no file of ours, for fp32."""
+    (folder / "zero0.json").write_text('{"zero_optimization": {"stage": 0}}')
+    return str(folder / "zero0.json")
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3", "zero3_offload"])
+def test_every_stage_takes_the_same_steps(folder: Path, reference: Path, zero0: str, stage: str) -> None:
+    run = run_here(folder, f"one-{stage}", zero0 if stage == "zero0" else f"{stage}.json")
+    assert_same_run(run, reference, 1e-5)
+    norms = [[line["grad_norm"] for line in toy.records(r) if "grad_norm" in line] for r in (run, reference)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 @pytest.mark.dist
@@ -173,14 +185,29 @@ def test_resume_never_and_another_model_are_refused(folder: Path, reference: Pat
         run_here(folder, "reference", optimizer__name="adamw")
 
 
+def test_a_full_disk_ends_the_run_in_one_line_and_leaves_nothing_half_written(folder: Path, reference: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
+    try:
+        with pytest.raises(DataError, match=r"step-00000003 could not be written: rank 0: .*start the same"):
+            run_here(folder, "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((folder / "full" / "checkpoints").iterdir())
+    assert_same_run(run_here(folder, "full"), reference, 0.0)
+
+
 def test_other_models_than_those_trained_on_are_refused() -> None:
     check_built_on(Path("here"), {"dit.vae": "a"}, {"dit.vae": "a", "dit.warm_start": "b"})
     with pytest.raises(ConfigError, match=r"here: was trained on another dit\.vae"):
         check_built_on(Path("here"), {"dit.vae": "a"}, {"dit.vae": "b"})
 
 
-def test_non_finite_step_is_skipped_named_and_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = run_here(folder, "nan", nan_at_steps=[4], max_steps=6)
+@pytest.mark.parametrize("stage", [0, 1])
+def test_non_finite_step_is_skipped_named_and_counted(
+    folder: Path, zero0: str, stage: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_here(folder, f"nan{stage}", None if stage else zero0, nan_at_steps=[4], max_steps=6)
     shown = capsys.readouterr().out
     assert "step 4 skipped (skipped so far: 1): rank 0: loss nan in micro-batch 0" in shown
     assert "blocks.0" in shown and "documents train-" in shown
