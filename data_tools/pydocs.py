@@ -11,7 +11,7 @@ import re
 import sys
 import sysconfig
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 MIN_WORDS = 30
@@ -124,101 +124,134 @@ def _definitions(lines: list[str]) -> Iterator[list[str]]:
             block.append(text)
 
 
-def _blocks(text: str) -> Iterator[list[str]]:
+class _Blocks:
     """Runs of lines at the outer indentation that may be prose; everything that is clearly not prose is left out.
 
-    An empty list says that something was left out at this place.
+    An empty list in `found` says that something was left out at this place.
     """
-    lines = text.split("\n")
-    base, number, skipping_section = 0, 0, False
-    block: list[str] = []
-    while number < len(lines):
-        line = lines[number]
-        following = lines[number + 1] if number + 1 < len(lines) else ""
+
+    def __init__(self, text: str) -> None:
+        self.lines = text.split("\n")
+        self.number = 0
+        """Of the line to be read next."""
+        self.base = 0
+        """Indentation of the prose at this place."""
+        self.skipping = False
+        """Inside a section that is not prose."""
+        self.block: list[str] = []
+        self.found: list[list[str]] = []
+        takers = (self._blank, self._fence, self._heading, self._skipped, self._opening, self._construct, self._code)
+        while self.number < len(self.lines):
+            line = self.lines[self.number]
+            following = self.lines[self.number + 1] if self.number + 1 < len(self.lines) else ""
+            if not any(take(line, following) for take in takers):
+                self.block.append(line)
+                self.number += 1
+        self._close()
+
+    def _close(self, *, left_out: bool = False) -> None:
+        if self.block:
+            self.found.append(self.block)
+        self.block = []
+        if left_out:
+            self.found.append([])
+
+    def _pass(self, wanted: Callable[[str], object]) -> list[str]:
+        """Go to the first line that is not wanted; the lines passed over."""
+        start = self.number
+        while self.number < len(self.lines) and wanted(self.lines[self.number]):
+            self.number += 1
+        return self.lines[start : self.number]
+
+    def _blank(self, line: str, following: str) -> bool:
+        if line.strip():
+            return False
+        self._close()
+        if following.strip() and _indent(following) == 0:
+            self.base = 0
+        self.number += 1
+        return True
+
+    def _fence(self, line: str, following: str) -> bool:
+        """``` to ```."""
+        if not line.strip().startswith(("```", "~~~")):
+            return False
+        self._close(left_out=True)
+        self.number += 1
+        self._pass(lambda inside: not inside.strip().startswith(("```", "~~~")))
+        self.number += 1
+        return True
+
+    def _heading(self, line: str, following: str) -> bool:
+        """A title above a line of dashes: numpydoc's sections."""
         stripped = line.strip()
-        if not stripped:
-            if block:
-                yield block
-            block = []
-            if following.strip() and _indent(following) == 0:
-                base = 0
-            number += 1
-            continue
-        if stripped.startswith(("```", "~~~")):
-            if block:
-                yield block
-            block = []
-            number += 1
-            while number < len(lines) and not lines[number].strip().startswith(("```", "~~~")):
-                number += 1
-            number += 1
-            yield []
-            continue
-        if _UNDERLINE.match(following) and len(stripped) < 70 and not block and not _UNDERLINE.match(line):
-            name = stripped.lower().rstrip(":")
-            skipping_section = name not in _PROSE_SECTIONS
-            base = 0
-            number += 2
-            yield []
-            if name in _DEFINITION_SECTIONS:
-                end = number
-                while end < len(lines) and not (
-                    lines[end].strip() and _UNDERLINE.match("".join(lines[end + 1 : end + 2]))
-                ):
-                    end += 1
-                yield from _definitions(lines[number:end])
-                number = end
-            continue
-        if skipping_section:
-            number += 1
-            continue
-        directive = _DIRECTIVE.match(line)
-        opens = not block and (not following.strip() or _indent(following) > _indent(line))
+        if self.block or len(stripped) >= 70 or not _UNDERLINE.match(following) or _UNDERLINE.match(line):
+            return False
+        name = stripped.lower().rstrip(":")
+        self.skipping = name not in _PROSE_SECTIONS
+        self.base = 0
+        self.number += 2
+        self._close(left_out=True)
+        if name in _DEFINITION_SECTIONS:
+            end = self.number
+            while end < len(self.lines) and not (
+                self.lines[end].strip() and _UNDERLINE.match("".join(self.lines[end + 1 : end + 2]))
+            ):
+                end += 1
+            self.found += _definitions(self.lines[self.number : end])
+            self.number = end
+        return True
+
+    def _skipped(self, line: str, following: str) -> bool:
+        self.number += self.skipping
+        return self.skipping
+
+    def _section(self, line: str, following: str) -> str:
+        """The name of a Google section that this line opens."""
+        opens = not self.block and (not following.strip() or _indent(following) > _indent(line))
         section = _GOOGLE_SECTION.match(line) if opens else None
-        name = ((directive and directive.group(1)) or (section and section.group(1)) or "").lower()
-        opens_prose = name in _PROSE_SECTIONS and stripped.endswith(":")
-        if opens_prose:
-            if block:
-                yield block
-            block = []
-            number += 1
-            while number < len(lines) and not lines[number].strip():
-                number += 1
-            base = _indent(lines[number]) if number < len(lines) else 0
-            continue
-        if directive or section or _FIELD.match(line):
-            if block:
-                yield block
-            block = []
-            here = _indent(line)
-            number += 1
-            start = number
-            while number < len(lines) and (not lines[number].strip() or _indent(lines[number]) > here):
-                number += 1
-            yield []
-            if section and section.group(1).lower() in _DEFINITION_SECTIONS:
-                yield from _definitions(lines[start:number])
-            elif field := _FIELD_TEXT.match(line):
-                block = [field.group(1), *(text.strip() for text in lines[start:number] if text.strip())]
-                if _words(block) >= MIN_DEFINITION_WORDS:
-                    yield block
-                block = []
-            continue
-        if stripped.startswith((">>>", "...", "$ ", "In [")) or (_indent(line) != base and not block):
-            if _indent(line) < base:
-                base = _indent(line)
-                continue
-            if block:
-                yield block
-            block = []
-            while number < len(lines) and lines[number].strip():
-                number += 1
-            yield []
-            continue
-        block.append(line)
-        number += 1
-    if block:
-        yield block
+        return section.group(1).lower() if section else ""
+
+    def _opening(self, line: str, following: str) -> bool:
+        """`Note:` or `.. note::`: what is indented below it is prose."""
+        directive = _DIRECTIVE.match(line)
+        name = ((directive and directive.group(1)) or self._section(line, following)).lower()
+        if name not in _PROSE_SECTIONS or not line.strip().endswith(":"):
+            return False
+        self._close()
+        self.number += 1
+        self._pass(lambda below: not below.strip())
+        self.base = _indent(self.lines[self.number]) if self.number < len(self.lines) else 0
+        return True
+
+    def _construct(self, line: str, following: str) -> bool:
+        """A directive, a section or a field with what is indented below it; long descriptions in it are kept."""
+        section = self._section(line, following)
+        if not (_DIRECTIVE.match(line) or section or _FIELD.match(line)):
+            return False
+        self._close(left_out=True)
+        here = _indent(line)
+        self.number += 1
+        below = self._pass(lambda inside: not inside.strip() or _indent(inside) > here)
+        if section in _DEFINITION_SECTIONS:
+            self.found += _definitions(below)
+        elif field := _FIELD_TEXT.match(line):
+            text = [field.group(1), *(inside.strip() for inside in below if inside.strip())]
+            if _words(text) >= MIN_DEFINITION_WORDS:
+                self.found.append(text)
+        return True
+
+    def _code(self, line: str, following: str) -> bool:
+        """Examples, and lines that are indented otherwise than the prose around them."""
+        other = _indent(line) != self.base and not self.block
+        if not line.strip().startswith((">>>", "...", "$ ", "In [")) and not other:
+            return False
+        if _indent(line) < self.base:
+            self.base = _indent(line)
+            return True
+        self._close(left_out=True)
+        self._pass(lambda inside: inside.strip())
+        return True
 
 
 # --- inline markup and the taste for prose -----------------------------------------------------------------------
@@ -282,7 +315,7 @@ def paragraphs(docstring: str) -> list[str]:
     """The paragraphs of English prose in a docstring, each on one line, in order."""
     kept: list[str] = []
     first = True
-    for block in _blocks(docstring):
+    for block in _Blocks(docstring).found:
         if not block:
             continue
         is_first, first = first, False

@@ -260,7 +260,14 @@ def shard(
             writer.abandon()
     if corpus.kept == 0:
         raise DataError(f"no document was kept of {', '.join(inputs)}: dropped {corpus.dropped}")
-    manifest = {
+    manifest = _manifest(tokenizer, settings, corpus)
+    write_json(output / MANIFEST, manifest)
+    (output / _SETTINGS).unlink()
+    return manifest
+
+
+def _manifest(tokenizer: Tokenizer, settings: dict[str, Any], corpus: _Corpus) -> dict[str, Any]:
+    return {
         "format_version": FORMAT_VERSION,
         "tokenizer": {
             "fingerprint": tokenizer.fingerprint(),
@@ -272,9 +279,6 @@ def shard(
         "filters": settings["filters"],
         "dropped": corpus.dropped,
     }
-    write_json(output / MANIFEST, manifest)
-    (output / _SETTINGS).unlink()
-    return manifest
 
 
 def split_of(identity: bytes, validation_fraction: float, test_fraction: float) -> str:
