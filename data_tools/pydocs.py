@@ -156,7 +156,7 @@ class _Blocks:
         if left_out:
             self.found.append([])
 
-    def _pass(self, wanted: Callable[[str], object]) -> list[str]:
+    def _skip_while(self, wanted: Callable[[str], object]) -> list[str]:
         """Go to the first line that is not wanted; the lines passed over."""
         start = self.number
         while self.number < len(self.lines) and wanted(self.lines[self.number]):
@@ -178,7 +178,7 @@ class _Blocks:
             return False
         self._close(left_out=True)
         self.number += 1
-        self._pass(lambda inside: not inside.strip().startswith(("```", "~~~")))
+        self._skip_while(lambda inside: not inside.strip().startswith(("```", "~~~")))
         self.number += 1
         return True
 
@@ -220,7 +220,7 @@ class _Blocks:
             return False
         self._close()
         self.number += 1
-        self._pass(lambda below: not below.strip())
+        self._skip_while(lambda below: not below.strip())
         self.base = _indent(self.lines[self.number]) if self.number < len(self.lines) else 0
         return True
 
@@ -232,7 +232,7 @@ class _Blocks:
         self._close(left_out=True)
         here = _indent(line)
         self.number += 1
-        below = self._pass(lambda inside: not inside.strip() or _indent(inside) > here)
+        below = self._skip_while(lambda inside: not inside.strip() or _indent(inside) > here)
         if section in _DEFINITION_SECTIONS:
             self.found += _definitions(below)
         elif field := _FIELD_TEXT.match(line):
@@ -250,7 +250,7 @@ class _Blocks:
             self.base = _indent(line)
             return True
         self._close(left_out=True)
-        self._pass(lambda inside: inside.strip())
+        self._skip_while(lambda inside: inside.strip())
         return True
 
 

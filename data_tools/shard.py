@@ -222,7 +222,7 @@ def shard(
         tokenizer = load_tokenizer(tokenizer_name)
     except (FileNotFoundError, OSError) as error:
         raise DataError(f"--tokenizer {tokenizer_name}: {error}") from error
-    parts: dict[str, Any] = {
+    cutting: dict[str, Any] = {
         "shard_tokens": shard_tokens,
         "validation_fraction": validation_fraction,
         "test_fraction": test_fraction,
@@ -234,8 +234,8 @@ def shard(
             "limit": limit,
             "min_tokens": min_tokens,
             "deduplicate": "exact text, case and white space ignored",
+            **cutting,
         },
-        **parts,
     }
     try:
         done = _prepare(output, settings, resume)
@@ -243,7 +243,7 @@ def shard(
             print(f"{output}: already complete")
             return done
         tokenizer.save(output / TOKENIZER_FOLDER)
-        corpus = _Corpus(output, min_tokens=min_tokens, **parts)
+        corpus = _Corpus(output, min_tokens=min_tokens, **cutting)
     except OSError as error:
         raise DataError(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
     finished = frozenset(key for writer in corpus.writers.values() for key in writer.finished)

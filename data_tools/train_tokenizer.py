@@ -9,6 +9,8 @@ import os
 import time
 from pathlib import Path
 
+from tqdm import tqdm
+
 from data_tools import sources
 from megatext.config import cli_errors
 from megatext.data import DataError
@@ -19,7 +21,10 @@ def sample_lines(inputs: list[str], *, megabytes: float, workers: int, fraction:
     """Lines of the inputs' documents, evenly sampled where they hold more than `megabytes`, in order."""
     lines: list[str] = []
     stride, seen, held = 1, 0, 0
+    form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    bar = tqdm(total=1.0, desc="read", bar_format=form, dynamic_ncols=True)
     for chunk in sources.read(inputs, workers=workers, fraction=fraction):
+        bar.update(chunk.done - bar.n)
         for document in sources.decode(chunk)[0]:
             for line in document.text.split("\n"):
                 if line.strip() and seen % stride == 0:
@@ -29,6 +34,7 @@ def sample_lines(inputs: list[str], *, megabytes: float, workers: int, fraction:
         while held > 2e6 * megabytes:  # thin out to every second line, and take every second from here on
             lines, stride = lines[::2], stride * 2
             held = sum(map(len, lines))
+    bar.close()
     surplus = max(1.0, held / (1e6 * megabytes))
     return [lines[int(i * surplus)] for i in range(int(len(lines) / surplus))]
 

@@ -1,5 +1,6 @@
 """Whole or absent files, append-only logs that survive a kill, and fingerprints of what a number depends on."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -59,10 +60,10 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of somebody's JSONL file. Raises DataError that names file and line for anything else."""
+    """The objects of somebody's .jsonl or .jsonl.gz. Raises DataError that names file and line for anything else."""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    with open(path, encoding="utf-8") as file:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue

@@ -340,6 +340,7 @@ class _Scorer:
             self.notes.append(
                 f"MAUVE is not given: n = {self.n}, below {self.config.mauve_min_samples} it measures n, not text."
             )
+            self.progress.update(len(self.generations))
             return
         if self.n < 1000:
             self.notes.append(

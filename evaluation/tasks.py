@@ -1,6 +1,5 @@
 """Tasks: which documents are continued, where they are cut, and how their texts are read."""
 
-import gzip
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -93,19 +92,10 @@ def open_pool(source: str) -> Pool:
 
 def _texts(path: Path) -> Iterator[str]:
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        if path.suffix == ".gz":
-            import json
-
-            if not path.is_file():
-                raise DataError(f"{path}: no such file")
-            with gzip.open(path, "rt", encoding="utf-8") as file:
-                for line in file:
-                    yield json.loads(line)["text"]
-        else:
-            for record in read_jsonl(path):
-                if "text" not in record:
-                    raise DataError(f"{path}: a line has no `text`; its keys are {sorted(record)}")
-                yield record["text"]
+        for record in read_jsonl(path):
+            if not isinstance(record.get("text"), str):
+                raise DataError(f"{path}: a line has no `text`; its keys are {sorted(record)}")
+            yield record["text"]
     elif path.is_file():
         text = path.read_text(encoding="utf-8")
         # A file without blank lines holds a document a line (One Billion Word); else blank lines part documents.

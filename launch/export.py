@@ -1,4 +1,4 @@
-"""Turn a run into a model directory: python launch/export.py --run DIR [--ema] --output DIR"""
+"""Turn a run into a model directory: python launch/export.py --run DIR [--raw] --output DIR"""
 
 import sys
 from pathlib import Path

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatext.training.launch import launch
+from megatext.launch import launch
 
 if __name__ == "__main__":
     launch("PretrainLMConfig", sys.argv[1:])

@@ -135,9 +135,8 @@ def cli_errors() -> Iterator[None]:
             print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        told = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror or str(error)
+        print(f"error: {told}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 

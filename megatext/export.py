@@ -9,21 +9,20 @@ from megatext.training import checkpoint
 from megatext.training.run_state import check_built_on
 
 
-def export(run: Path, output: Path, *, ema: bool = False, step: int | None = None) -> Path:
+def export(run: Path, output: Path, *, raw: bool = False, step: int | None = None) -> Path:
     """Write the model of a run's newest whole checkpoint (or that of `step`) to the directory `output`.
 
-    `ema` exports the averaged weights. Returns the checkpoint that was read. Raises ConfigError.
+    The averaged weights where the run has them, the raw ones with `raw`. Returns the checkpoint that was read. Raises
+    ConfigError.
     """
     path = _choose(run, step)
     reader = checkpoint.Reader(path)
-    if ema and not reader.has("ema"):
-        raise ConfigError(f"{path} has no averaged weights (training.ema_decay was null); export without --ema")
     where = str(path / "meta.json")
     config = from_dict(config_class(reader.meta["config_class"]), reader.meta["config"], where)
     recipe = build_recipe(config)
     check_built_on(path, reader.meta.get("built_on", {}), recipe.built_on)
     output.mkdir(parents=True, exist_ok=True)
-    recipe.export(reader.state_dict("ema" if ema else "master"), output)
+    recipe.export(reader.state_dict("ema" if reader.has("ema") and not raw else "master"), output)
     return path
 
 
@@ -48,8 +47,8 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--run", type=Path, required=True, help="the run_dir")
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
-    parser.add_argument("--ema", action="store_true", help="export the averaged weights")
+    parser.add_argument("--raw", action="store_true", help="the last weights, not their average")
     parser.add_argument("--step", type=int, help="the checkpoint of this step instead of the newest")
     arguments = parser.parse_args(argv)
-    path = export(arguments.run, arguments.output, ema=arguments.ema, step=arguments.step)
-    print(f"exported {path} to {arguments.output}" + (" (averaged weights)" if arguments.ema else ""))
+    path = export(arguments.run, arguments.output, raw=arguments.raw, step=arguments.step)
+    print(f"exported {path} to {arguments.output}")

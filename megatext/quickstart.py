@@ -38,7 +38,8 @@ class QuickstartConfig:
 
 
 class Quickstart:
-    """The stages of one preset and recipe. Reads the preset's files and runs nothing; raises ConfigError."""
+    """The stages of one preset and recipe. Reads the preset's files, looks at the corpus's, and runs nothing; raises
+    ConfigError, and DataError for a corpus that is not there."""
 
     def __init__(
         self,
@@ -60,7 +61,7 @@ class Quickstart:
         dit, runs = self._training(teacher)
         self._evaluation(dit, runs)
         stages = {f"{verb}_{run}" for verb in ("pretrain", "export") for run in RUNS}
-        stages |= {"train_tokenizer", *(self._base(stage.name) for stage in self.stages)}
+        stages |= {"train_tokenizer", *(self.name_in_preset(stage.name) for stage in self.stages)}
         for key, given, known in [
             ("options", set(self.preset.options), {"train_tokenizer", "shard", "extract_hidden_states"}),
             ("seconds", set(self.preset.seconds), stages),
@@ -128,7 +129,11 @@ class Quickstart:
         config, ranks = self.configs / f"{run}.yaml", self.num_processes
         settings, model = self._read(run), self._model(run)
         run_dir, rows = settings["run_dir"], settings["training"]["rows_per_step"]
-        several = f" --deepspeed_config ds_configs/zero3.json --training.micro_batch_rows {max(1, rows // ranks)}"
+        if ranks < 1 or rows % ranks:
+            raise ConfigError(
+                f"--num_processes {ranks}: the {rows} rows of a step of {config} do not divide among them"
+            )
+        several = f" --deepspeed_config ds_configs/zero3.json --training.micro_batch_rows {rows // ranks}"
         self._add(
             f"pretrain_{run}",
             f"deepspeed --quiet --num_gpus {ranks} launch/pretrain_{RUNS[run]}.py --config {config}"
@@ -141,7 +146,7 @@ class Quickstart:
         )
         self._add(
             f"export_{run}",
-            f"python launch/export.py --run {run_dir} --ema --output {model}",
+            f"python launch/export.py --run {run_dir} --output {model}",
             writes=[model],
             needs=[f"pretrain_{run}"],
         )
@@ -203,7 +208,7 @@ class Quickstart:
                 needs=tuple(needs or ()),
                 continues=continues,
                 environment=environment,
-                expected_seconds=self.preset.seconds.get(self._base(name), 30.0),
+                expected_seconds=self.preset.seconds.get(self.name_in_preset(name), 30.0),
             )
         )
 
@@ -211,7 +216,7 @@ class Quickstart:
         """The stages of a recipe's evaluation have its name: finished ones are not run again for another recipe."""
         return name if self.recipe == "default" else f"{name}_{self.recipe}"
 
-    def _base(self, name: str) -> str:
+    def name_in_preset(self, name: str) -> str:
         """What `seconds` calls a stage."""
         return name if name.startswith(("pretrain_", "export_")) else name.removesuffix(f"_{self.recipe}")
 

@@ -78,11 +78,18 @@ def run_stages(stages: Sequence[Stage], directory: Path, out: TextIO = sys.stdou
             if stage.name in done:
                 print(f"{label}: done before, in {_clock(done[stage.name]['seconds'])}", file=out, flush=True)
                 continue
-            _prepare(markers, stage, keys[stage.name], label, directory, out)
+            spent = _prepare(markers, stage, keys[stage.name], label, directory, out)
             elapsed, left = time.monotonic() - started, _seconds_left(stages, done)
             print(f"{label}: elapsed {_clock(elapsed)}, about {_clock(left)} left", file=out)
             print(f"        $ {stage.shell()}", file=out, flush=True)
-            seconds = _execute(stage, label)
+            began = time.monotonic()
+            try:
+                _execute(stage, label)
+            except StageError:
+                spent += time.monotonic() - began
+                _write(markers, stage, {"key": keys[stage.name], "done": False, "seconds": round(spent, 1)})
+                raise
+            seconds = spent + time.monotonic() - began
             done[stage.name] = {"key": keys[stage.name], "done": True, "seconds": round(seconds, 1)}
             _write(markers, stage, done[stage.name])
             print(f"{label}: done in {_clock(seconds)}\n", file=out, flush=True)
@@ -98,17 +105,19 @@ def stage_keys(stages: Sequence[Stage]) -> dict[str, str]:
         if missing:
             raise ConfigError(f"stage {stage.name}: no such file: {', '.join(missing)}")
         contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in stage.reads]
-        all_facts = [list(stage.command), contents, stage.facts, [keys[name] for name in stage.needs]]
-        keys[stage.name] = hashlib.sha256(json.dumps(all_facts).encode()).hexdigest()
+        content = [list(stage.command), contents, stage.facts, [keys[name] for name in stage.needs]]
+        keys[stage.name] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return keys
 
 
-def _prepare(markers: Path, stage: Stage, key: str, label: str, directory: Path, out: TextIO) -> None:
-    """Mark the stage as begun. Whatever it may not continue from is removed first."""
+def _prepare(markers: Path, stage: Stage, key: str, label: str, directory: Path, out: TextIO) -> float:
+    """Mark the stage as begun; seconds spent on what it continues. What it may not continue from is removed."""
     marker = _read(markers, stage)
+    spent = 0.0
     same = marker.get("key") == key and not marker.get("done")
     if same and stage.continues:
         print(f"{label}: continuing where it was interrupted", file=out)
+        spent = float(marker.get("seconds", 0.0))
     else:
         old = [path for path in stage.writes if path.exists()]
         if same:
@@ -120,11 +129,12 @@ def _prepare(markers: Path, stage: Stage, key: str, label: str, directory: Path,
             if not path.resolve().is_relative_to(directory.resolve()):
                 raise ConfigError(f"stage {stage.name}: {path} is outside {directory}; remove it yourself")
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    _write(markers, stage, {"key": key, "done": False})
+    _write(markers, stage, {"key": key, "done": False, "seconds": spent})
+    return spent
 
 
-def _execute(stage: Stage, label: str) -> float:
-    """Run the command to its end; seconds it took."""
+def _execute(stage: Stage, label: str) -> None:
+    """Run the command to its end. Raises StageError."""
     own = Path(sys.executable).parent
     environment = {
         **os.environ,
@@ -135,7 +145,6 @@ def _execute(stage: Stage, label: str) -> float:
     }
     command = [sys.executable if part == "python" and i == 0 else part for i, part in enumerate(stage.command)]
     again = "run the same command again: it continues at this stage"
-    started = time.monotonic()
     try:
         # a session of its own: what the command starts (launcher, ranks) can be told to stop, and waited for
         process = subprocess.Popen(command, env=environment, start_new_session=True)
@@ -154,7 +163,6 @@ def _execute(stage: Stage, label: str) -> float:
     missing = [str(path) for path in stage.writes if not path.exists()]
     if missing:
         raise StageError(f"stage {label} ended well but did not write {', '.join(missing)}", 1)
-    return time.monotonic() - started
 
 
 def _stop_group(process: "subprocess.Popen[bytes]") -> None:

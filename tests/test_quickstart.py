@@ -58,7 +58,7 @@ def test_every_stage_has_what_it_needs(preset: str, recipe: str) -> None:
         assert all(set(path.parents) & written <= needed_outputs(quickstart, stage) for path in stage.writes)
         earlier.add(stage.name)
         written |= set(stage.writes)
-        assert stage.expected_seconds in quickstart.preset.seconds.values(), "a time is expected for every stage"
+        assert quickstart.name_in_preset(stage.name) in quickstart.preset.seconds, "a time is expected for every stage"
 
 
 def needed_outputs(quickstart: Quickstart, stage: Stage) -> set[Path]:
@@ -71,7 +71,9 @@ def test_options_of_the_command_line_reach_the_stages(tmp_path: Path) -> None:
     assert "--input pydocs: " in plain["shard"]
     assert plain["pretrain_lm"] == f"deepspeed --quiet --num_gpus 1 launch/pretrain_lm.py --config {configs}/lm.yaml"
     assert "--model runs/quickstart/models/lm " in plain["extract_hidden_states"]
-    assert " --ema " in plain["export_dit"]
+    assert (
+        plain["export_dit"] == "python launch/export.py --run runs/quickstart/dit --output runs/quickstart/models/dit"
+    )
     text = tmp_path / "a b.txt"
     text.touch()
     both = {stage.name: stage.shell() for stage in Quickstart(configs, num_processes=2, corpus=str(text)).stages}
@@ -105,6 +107,12 @@ def test_a_corpus_that_changes_is_sharded_again_and_recipes_do_not_undo_each_oth
     assert "score" not in other and "score_textldm_paper" in other
     text.write_text("another")
     assert {name for name, key in keys().items() if key == first[name]} == set()
+
+
+@pytest.mark.parametrize("ranks", [0, 3])
+def test_ranks_that_do_not_divide_the_rows_are_told_at_the_start(ranks: int) -> None:
+    with pytest.raises(ConfigError, match=f"--num_processes {ranks}: the 32 rows of a step of .*lm.yaml"):
+        Quickstart(Path("launch/configs/quickstart"), num_processes=ranks)
 
 
 def test_bad_presets_are_told(tmp_path: Path) -> None:

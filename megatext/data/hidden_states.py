@@ -112,7 +112,7 @@ class HiddenStates:
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        self.manifest = read_manifest(directory)
+        self.manifest = read_manifest(directory, "data_tools.extract_hidden_states")
         if "width" not in self.manifest:
             raise DataError(f"{directory}: holds no teacher states; write them with data_tools.extract_hidden_states")
         self.width: int = self.manifest["width"]

@@ -17,14 +17,15 @@ MANIFEST = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 
 
-def read_manifest(directory: str | Path) -> dict[str, Any]:
-    """The manifest of a shard directory; raises DataError where there is none or it is of another format."""
+def read_manifest(directory: str | Path, made_by: str = "data_tools.shard") -> dict[str, Any]:
+    """The manifest of a shard directory; raises DataError, which names the program that makes such directories, where
+    there is none or it is of another format."""
     path = Path(directory) / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
-        hint = "not a finished shard directory; run data_tools.shard (with --resume if it was interrupted)"
-        raise DataError(f"{path}: no such file: {hint}") from None
+        again = " (with --resume if it was interrupted)" if made_by == "data_tools.shard" else ""
+        raise DataError(f"{path}: no such file: not a finished directory of `python -m {made_by}`{again}") from None
     except ValueError as error:
         raise DataError(f"{path}: damaged ({error}); write the shards again") from None
     if manifest.get("format_version") != FORMAT_VERSION:

@@ -51,10 +51,6 @@ class Layout:
         TextLDM calls encoding them separately. Positions stay, RoPE is relative."""
         return replace(self, segment=torch.where(self.real, 2 * self.segment + self.role, self.segment))
 
-    def __getitem__(self, index: slice) -> "Layout":
-        """The layout of a slice of token columns."""
-        return Layout(self.segment[:, index], self.position[:, index], self.role[:, index], self.block[:, index])
-
     @staticmethod
     def concatenate(layouts: "list[Layout]") -> "Layout":
         """Layouts side by side along the token axis, as the rows of two-stream training are."""

@@ -17,8 +17,8 @@ _MODULES = {
     "PretrainDiTConfig": "megatext.recipes.text_dit",
 }
 """Configuration class -> the module that defines it, with three functions: `build(config) -> Recipe`;
-`inputs(config) -> list[str]`, the directories that must be there before; and `make(config, vocab_size) -> nn.Module`,
-the module that `build` would train, also on the meta device and before its inputs are there."""
+`needed(config) -> list[str]`, the directories that must be there before; and `make(config, vocab_size) -> nn.Module`,
+the module that `build` would train, also on the meta device and before they are there."""
 
 
 def config_class(name: str) -> "type[RunConfig]":
@@ -35,9 +35,9 @@ def build_recipe(config: "RunConfig") -> "Recipe":
     return recipe
 
 
-def inputs_of(config: "RunConfig") -> list[str]:
+def needed_by(config: "RunConfig") -> list[str]:
     """The directories that a run reads: shards, teacher states, models it builds on."""
-    found: list[str] = _module_of(config).inputs(config)
+    found: list[str] = _module_of(config).needed(config)
     return found
 
 

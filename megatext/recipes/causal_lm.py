@@ -214,5 +214,5 @@ def build(config: PretrainLMConfig) -> CausalLMRecipe:
     return CausalLMRecipe(config)
 
 
-def inputs(config: PretrainLMConfig) -> list[str]:
+def needed(config: PretrainLMConfig) -> list[str]:
     return [config.data.shards]

@@ -400,7 +400,7 @@ def build(config: PretrainDiTConfig) -> TextDiTRecipe:
     return TextDiTRecipe(config)
 
 
-def inputs(config: PretrainDiTConfig) -> list[str]:
+def needed(config: PretrainDiTConfig) -> list[str]:
     return [config.data.shards, config.dit.vae, *([config.dit.warm_start] if config.dit.warm_start else [])]
 
 
@@ -410,6 +410,7 @@ def make(config: PretrainDiTConfig, vocab_size: int) -> TextDiTTraining:
         described = read_description(config.dit.vae, "text_vae")["config"]
         network = from_dict(TextVAEConfig, described, where=f"{config.dit.vae}/config.json")
     else:
-        token_local = config.dit.network.output == "tokens"
-        network = TextVAEConfig(encoder=TrunkConfig(layers=0)) if token_local else TextVAEConfig()
+        layers = 0 if config.dit.network.output == "tokens" else 1
+        attention: Literal["causal", "full"] = "causal" if config.dit.flow.block_tokens else "full"
+        network = TextVAEConfig(encoder=TrunkConfig(layers=layers), attention=attention)
     return make_module(config.dit, TextVAE(network, vocab_size))

@@ -187,7 +187,12 @@ class TextVAERecipe(Recipe):
 
     def export(self, state_dict: dict[str, Tensor], output: Path) -> None:
         weights = {k.removeprefix("network."): v for k, v in state_dict.items() if k.startswith("network.")}
-        write_model(output, "text_vae", self.config.network, weights, tokenizer=self.shards / "tokenizer")
+        if not weights["latent_mean"].any() and bool((weights["latent_std"] == 1).all()):
+            raise ConfigError(
+                "this checkpoint has no statistics of the latents, which are measured when a run ends: train to "
+                "max_steps (with validation_batches > 0), or lower max_steps and run the same command"
+            )
+        write_model(output, "text_vae", self.config.network, weights, tokenizer=self.shards / TOKENIZER_FOLDER)
 
 
 @dataclass(frozen=True)
@@ -205,7 +210,7 @@ class TeacherStatistics:
             raise ConfigError(
                 "vae.repa_weight > 0 needs data.hidden_states (a directory written by data_tools.extract_hidden_states)"
             )
-        split = read_manifest(directory)["splits"].get("train")
+        split = read_manifest(directory, "data_tools.extract_hidden_states")["splits"].get("train")
         if split is None or "mean" not in split:
             raise ConfigError(
                 f"{directory} has no states of the train split; extract them with "
@@ -222,7 +227,7 @@ def build(config: PretrainVAEConfig) -> TextVAERecipe:
     return TextVAERecipe(config)
 
 
-def inputs(config: PretrainVAEConfig) -> list[str]:
+def needed(config: PretrainVAEConfig) -> list[str]:
     states = config.data.hidden_states
     return [config.data.shards, *([states] if states and config.vae.repa_weight > 0 else [])]
 

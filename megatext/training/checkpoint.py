@@ -105,58 +105,77 @@ def save(
     """
     rank = partitions.rank
     work = path.with_name(f".unfinished-{path.name}")
-    if rank == 0:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-    dist.barrier()
-    failure = None
-    listed: dict[str, dict[str, int]] = {}
-    try:
-        own = {
-            "fragments": {
-                f.name: (f.start, f.length, index, f.offset)
-                for index, part in enumerate(partitions.parts)
-                for f in part.fragments[rank]
-            },
-            "flat": {
-                key: [
-                    tensor.detach().cpu() if tensor is not None and part.fragments[rank] else None
-                    for tensor, part in zip(tensors, partitions.parts, strict=True)
-                ]
-                for key, tensors in flat.items()
-            },
-        }
-        name = f"rank-{rank:05d}.pt"
-        torch.save(own, work / name)
-        listed[name] = _fingerprint(work / name)
-        if rank == 0:
-            torch.save({"buffers": buffers, "scalars": scalars}, work / "buffers.pt")
-            meta = {"format_version": FORMAT_VERSION, "world_size": dist.get_world_size(), **meta}
-            meta["shapes"] = {name: list(shape) for name, shape in partitions.shapes.items()}
-            (work / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-            listed |= {name: _fingerprint(work / name) for name in ("buffers.pt", "meta.json")}
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        failure = f"rank {rank}: {error}"
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (failure, listed))
-    failures = [item[0] for item in gathered if item[0]]
-    if failures:
+    files: dict[str, dict[str, int]] = {}
+
+    def begin() -> None:
         if rank == 0:
             shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+
+    def write() -> None:
+        name = f"rank-{rank:05d}.pt"
+        torch.save(_own_part(partitions, flat), work / name)
+        files[name] = _fingerprint(work / name)
+        if rank == 0:
+            torch.save({"buffers": buffers, "scalars": scalars}, work / "buffers.pt")
+            whole = {"format_version": FORMAT_VERSION, "world_size": dist.get_world_size(), **meta}
+            whole["shapes"] = {name: list(shape) for name, shape in partitions.shapes.items()}
+            (work / "meta.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
+            files.update({name: _fingerprint(work / name) for name in ("buffers.pt", "meta.json")})
+
+    def commit() -> None:
+        if rank == 0:
+            (work / "COMPLETE").write_text(json.dumps({"files": every}, indent=1), encoding="utf-8")
+            for file in work.iterdir():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+            if path.exists():
+                shutil.rmtree(path)
+            work.rename(path)
+
+    _together(begin, path, work)
+    _together(write, path, work)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, files)
+    every = {name: entry for entries in gathered for name, entry in entries.items()}
+    _together(commit, path, work)
+
+
+def _own_part(partitions: Partitions, flat: dict[str, list[Tensor | None]]) -> dict[str, Any]:
+    """What this rank's file holds: its fragments, and its flat tensors on the CPU."""
+    rank = partitions.rank
+    return {
+        "fragments": {
+            f.name: (f.start, f.length, index, f.offset)
+            for index, part in enumerate(partitions.parts)
+            for f in part.fragments[rank]
+        },
+        "flat": {
+            key: [
+                tensor.detach().cpu() if tensor is not None and part.fragments[rank] else None
+                for tensor, part in zip(tensors, partitions.parts, strict=True)
+            ]
+            for key, tensors in flat.items()
+        },
+    }
+
+
+def _together(act: Callable[[], None], path: Path, work: Path) -> None:
+    """Every rank acts; where the disk refuses one of them, all clean up and raise DataError."""
+    failure = None
+    try:
+        act()
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        failure = f"rank {dist.get_rank()}: {error}"
+    failures: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    if any(failures):
+        if dist.get_rank() == 0:
+            shutil.rmtree(work, ignore_errors=True)
         raise DataError(
-            f"the checkpoint {path} could not be written: {failures[0]}; remove the cause and start the same command "
-            "again, it continues from the checkpoint before"
+            f"the checkpoint {path} could not be written: {next(filter(None, failures))}; remove the cause and start "
+            "the same command again, it continues from the checkpoint before"
         )
-    if rank == 0:
-        files = {name: entry for _, entries in gathered for name, entry in entries.items()}
-        (work / "COMPLETE").write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
-        for file in work.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        if path.exists():
-            shutil.rmtree(path)
-        work.rename(path)
-    dist.barrier()
 
 
 def prune(run_dir: Path, keep_last: int) -> None:

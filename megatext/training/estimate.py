@@ -1,20 +1,13 @@
 """What a run would cost, before it costs it: parameters, FLOPs, memory for each ZeRO stage, and one tiny step."""
 
-import dataclasses
-import tempfile
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from megatext.data.shards import TOKENIZER_FOLDER
-from megatext.recipes import build_recipe, inputs_of, meta_module
-from megatext.tokenizer import load_tokenizer
-from megatext.training.engine import Processes, accumulation_steps, chosen_precision, deepspeed_json, start_processes
+from megatext.training.engine import accumulation_steps, deepspeed_json
 from megatext.training.metrics import duration, peak_tflops
 from megatext.training.run_config import RunConfig
-from megatext.training.trainer import train
 
 QWEN3_VOCABULARY = 151_669
 """Entries of Qwen3's tokenizer, which the paper's presets are for."""
@@ -24,7 +17,8 @@ _GIB = 2**30
 def flops_per_token(module: nn.Module) -> int:
     """Floating-point operations of a training step for each token: 6 for each weight of a matrix product.
 
-    Attention's own products and recomputation under activation checkpointing are not counted; embeddings are looked
+    Attention's own products, recomputation under activation checkpointing, and second passes of a token (clean copies,
+    noisy copies, self-conditioning) are not counted; embeddings are looked
     up, so they count only where they are also the output head.
     """
     weights = 0
@@ -87,43 +81,3 @@ def describe(config: RunConfig, module: nn.Module, deepspeed_config: Path | None
         mark = "  <- this run" if stage == chosen else ""
         lines.append(f"  ZeRO stage {stage}  {gib:9.3f}{mark}")
     return "\n".join(lines)
-
-
-def dry_run(config: RunConfig, deepspeed_config: Path | None) -> None:
-    """Print what the run costs, then train one step on one row a process in a temporary run directory.
-
-    The cost needs no shards and no memory for the weights: where what the run reads is not there yet, it is told for
-    Qwen3's vocabulary, and no step is tried. Every process of the run calls it.
-    """
-    processes = start_processes()
-    precision = chosen_precision(config.training.precision, processes)
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precision))
-    tokenizer = Path(config.data.shards) / TOKENIZER_FOLDER
-    vocab_size = load_tokenizer(tokenizer).vocab_size if tokenizer.is_dir() else QWEN3_VOCABULARY
-    module = meta_module(config, vocab_size)
-    absent = [path for path in inputs_of(config) if not Path(path).is_dir()]
-    if processes.is_main:
-        print(f"vocabulary      {vocab_size:,}{'' if tokenizer.is_dir() else ' (Qwen3, as there are no shards yet)'}")
-        print(describe(config, module, deepspeed_config, processes.world), flush=True)
-        if absent:
-            print(f"dry run: no step was tried, {' and '.join(absent)} being absent", flush=True)
-    if not absent:
-        _one_step(config, deepspeed_config, processes)
-
-
-def _one_step(config: RunConfig, deepspeed_config: Path | None, processes: Processes) -> None:
-    with tempfile.TemporaryDirectory(prefix="megatext-dry-run-") as own:
-        folders = [own]
-        dist.broadcast_object_list(folders, src=0)
-        tiny = dataclasses.replace(
-            config,
-            run_dir=folders[0],
-            max_steps=1,
-            training=dataclasses.replace(
-                config.training, rows_per_step=processes.world, micro_batch_rows=1, compile=False, validation_batches=0
-            ),
-            logging=dataclasses.replace(config.logging, wandb_project=None),
-        )
-        train(tiny, build_recipe(tiny), deepspeed_config)
-    if processes.is_main:
-        print("dry run: one step on one row a process worked", flush=True)

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatext.config import ConfigError
+
 _PEAK_BF16_TFLOPS = {"H200": 989.0, "H100": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0}
 
 
@@ -26,6 +28,10 @@ class LoggingConfig:
     """Also log to this project of Weights & Biases; None does not."""
     wandb_mode: Literal["online", "offline"] | None = None
     """None: online where a key is configured, else offline."""
+
+    def __post_init__(self) -> None:
+        if self.log_every_steps < 1:
+            raise ConfigError("logging.log_every_steps must be at least 1")
 
 
 class Meter:

@@ -49,14 +49,19 @@ def train(config: RunConfig, recipe: Recipe, deepspeed_config: Path | None = Non
     Every process of the run calls it. Exits with REQUEUE_EXIT_CODE after SIGTERM or SIGUSR1.
     """
     processes = start_processes()
-    precision = chosen_precision(config.training.precision, processes)
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precision))
+    config = with_precision(config, processes)
     trainer = Trainer(config, recipe, deepspeed_config, processes)
     trainer.resume()
     if processes.is_main:
         save_yaml(config, Path(config.run_dir) / "config.yaml")  # now: a refused resume leaves the run's own
     trainer.loop()
     return trainer.finish()
+
+
+def with_precision(config: RunConfig, processes: Processes) -> RunConfig:
+    """The configuration with `training.precision` decided. A collective."""
+    precision = chosen_precision(config.training.precision, processes)
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precision))
 
 
 class Trainer:
@@ -268,18 +273,20 @@ class Trainer:
     def finish(self) -> dict[str, float]:
         """After the last step: validate, let the recipe measure what its export carries, save. A collective."""
         done, step = self.run_dir / "finished.json", self.state.step
-        if self.first_step == step and done.exists():  # resumed from the end: nothing was done, nothing is new
+        if self.first_step == step and done.exists():
             finished: dict[str, float] = json.loads(done.read_text(encoding="utf-8"))
-            self.logger.say(f"the run is finished: {checkpoint.checkpoint_path(self.run_dir, step)}")
-            return finished
+            if finished.get("step") == step:  # else it is of a shorter run that was continued
+                self.logger.say(f"the run is finished: {checkpoint.checkpoint_path(self.run_dir, step)}")
+                return finished
+        path = self.save()  # before anything that may fail
         figures = self.validate()
         if measured := self.validation.finish():
             figures |= measured
             self.logger.record(step, dict(measured))
             self.logger.say(" | ".join(f"{name} {value:.4f}" for name, value in measured.items()))
-        path = self.save()
+            path = self.save()  # with what was measured in the module's buffers
         if self.processes.is_main:
-            done.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+            done.write_text(json.dumps({"step": step, **figures}, indent=1), encoding="utf-8")
         dist.barrier()
         self.logger.say(f"finished after {step} steps: {path}")
         self.logger.finish()

@@ -7,13 +7,13 @@ import torch
 import yaml
 
 from megatext.config import from_dict
+from megatext.launch import QWEN3_VOCABULARY
 from megatext.nn.dit import TextDiT
 from megatext.nn.text_vae import TextVAE
 from megatext.recipes.text_dit import PretrainDiTConfig
 from megatext.recipes.text_vae import PretrainVAEConfig
 
 PRESETS = Path(__file__).parents[2] / "launch" / "configs" / "textldm"
-QWEN3_VOCABULARY = 151_936
 
 
 def parameters(module: torch.nn.Module) -> float:

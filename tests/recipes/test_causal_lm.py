@@ -119,7 +119,7 @@ def test_trained_by_the_launcher_and_loaded_by_transformers(shards: Path, tmp_pa
     assert result.returncode == 0, result.stdout + result.stderr
     assert "step 2/2 | loss" in result.stdout
 
-    export(run, tmp_path / "model", ema=True)
+    export(run, tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert load_tokenizer(tmp_path / "model").fingerprint() == load_tokenizer(shards / TOKENIZER_FOLDER).fingerprint()
     recipe = CausalLMRecipe(config(shards))

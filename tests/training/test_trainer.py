@@ -3,6 +3,7 @@
 import json
 import resource
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -141,10 +142,21 @@ def test_killed_and_resumed_equals_uninterrupted(folder: Path, reference: Path) 
 
 
 @pytest.mark.dist
-def test_sigterm_saves_and_asks_to_be_requeued(folder: Path) -> None:
-    result = toy.start(1, folder, "signalled", signal_at_step=4)
+@pytest.mark.parametrize(("world", "number"), [(1, signal.SIGUSR1), (2, signal.SIGTERM)])
+def test_a_signal_saves_and_asks_to_be_requeued(folder: Path, world: int, number: int) -> None:
+    result = toy.start(world, folder, f"signalled{world}", signal_at_step=4, signal_number=int(number))
     assert result.returncode == REQUEUE_EXIT_CODE, result.stdout
-    assert checkpoint.list_checkpoints(folder / "signalled")[-1].name == "step-00000004"
+    assert checkpoint.list_checkpoints(folder / f"signalled{world}")[-1].name == "step-00000004"
+
+
+def test_figures_of_a_shorter_run_are_not_those_of_its_continuation(folder: Path) -> None:
+    """A run that was continued and stopped by a signal in its very last step still has to be finished."""
+    run = run_here(folder, "extended", max_steps=4)
+    with pytest.raises(SystemExit):
+        run_here(folder, "extended", max_steps=6, signal_at_step=6, signal_number=int(signal.SIGUSR1))
+    assert json.loads((run / "finished.json").read_text())["step"] == 4
+    run_here(folder, "extended", max_steps=6)
+    assert json.loads((run / "finished.json").read_text())["step"] == 6
 
 
 def test_damaged_checkpoint_falls_back(folder: Path, reference: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,10 +238,10 @@ def test_bf16_keeps_statistics_exact_and_exports(folder: Path, monkeypatch: pyte
     monkeypatch.setitem(recipes._MODULES, "ToyConfig", "tests.training.toy")
     monkeypatch.setattr(toy, "build", toy.ToyRecipe, raising=False)
     run = run_here(folder, "bf16", training__precision="bf16", max_steps=4)
-    for ema in (False, True):
-        export(run, tmp_path / str(ema), ema=ema)
-        exported = torch.load(tmp_path / str(ema) / "weights.pt")
-        expected = weights(run, "ema" if ema else "master", step=4)
+    for raw in (False, True):
+        export(run, tmp_path / str(raw), raw=raw)
+        exported = torch.load(tmp_path / str(raw) / "weights.pt")
+        expected = weights(run, "master" if raw else "ema", step=4)
         assert exported.keys() == expected.keys() >= {"head.weight", "latent_mean"}
         assert all(torch.equal(exported[name], expected[name]) for name in expected)
         assert torch.equal(exported["latent_mean"], torch.full((3,), 0.1))

@@ -34,7 +34,9 @@ class ToyConfig(RunConfig):
     kill_at_step: int | None = None
     """SIGKILL to itself in this step."""
     signal_at_step: int | None = None
-    """SIGTERM to itself in this step."""
+    """A signal to itself in this step."""
+    signal_number: int = 15
+    """Which."""
     nan_at_steps: tuple[int, ...] = ()
     """Steps whose loss is not a number."""
 
@@ -78,7 +80,7 @@ class ToyRecipe(Recipe):
         if purpose == "train" and step + 1 == self.config.kill_at_step:
             os.kill(os.getpid(), signal.SIGKILL)
         if purpose == "train" and step + 1 == self.config.signal_at_step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.config.signal_number)
         real = (batch.segment >= 0).float()
         real[:, -1] = 0
         width = self.config.width

@@ -1,0 +1,68 @@
+"""The program behind every launch/pretrain_*.py: read the configuration, build its recipe, train; or tell the cost."""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+from megatext.config import cli_errors, load_config
+from megatext.data.shards import TOKENIZER_FOLDER
+from megatext.recipes import build_recipe, config_class, meta_module, needed_by
+from megatext.tokenizer import load_tokenizer
+from megatext.training.run_config import RunConfig
+
+QWEN3_VOCABULARY = 151_669
+"""Entries of Qwen3's tokenizer, which the paper's presets are for."""
+
+
+def launch(config_name: str, argv: list[str]) -> None:
+    """Train what `argv` configures, a `config_name` of the registry of recipes. Every process of the run calls it."""
+    with cli_errors():
+        config, flags = load_config(config_class(config_name), argv)
+        if flags.dry_run:
+            dry_run(config, flags.deepspeed_config)
+        else:
+            from megatext.training.trainer import train
+
+            train(config, build_recipe(config), flags.deepspeed_config)
+
+
+def dry_run(config: RunConfig, deepspeed_config: Path | None) -> None:
+    """Print what the run costs, then train one step on one row a process, of which nothing is kept.
+
+    The cost needs no shards and no memory for the weights: where what the run reads is not there yet, it is told for
+    Qwen3's vocabulary, and no step is tried. Every process of the run calls it.
+    """
+    import torch.distributed as dist
+
+    from megatext.training.engine import start_processes
+    from megatext.training.estimate import describe
+    from megatext.training.trainer import Trainer, with_precision
+
+    processes = start_processes()
+    config = with_precision(config, processes)
+    tokenizer = Path(config.data.shards) / TOKENIZER_FOLDER
+    vocab_size = load_tokenizer(tokenizer).vocab_size if tokenizer.is_dir() else QWEN3_VOCABULARY
+    text = describe(config, meta_module(config, vocab_size), deepspeed_config, processes.world)
+    absent = [path for path in needed_by(config) if not Path(path).is_dir()]
+    if processes.is_main:
+        print(f"vocabulary      {vocab_size:,}{'' if tokenizer.is_dir() else ' (Qwen3, as there are no shards yet)'}")
+        print(text, flush=True)
+    if absent:
+        if processes.is_main:
+            print(f"dry run: no step was tried, {' and '.join(absent)} being absent", flush=True)
+        return
+    one_row = dataclasses.replace(
+        config.training, rows_per_step=processes.world, micro_batch_rows=1, compile=False, validation_batches=0
+    )
+    with tempfile.TemporaryDirectory(prefix="megatext-dry-run-") as folder:  # what rank 0 logs
+        tiny = dataclasses.replace(
+            config,
+            run_dir=folder,
+            max_steps=1,
+            training=one_row,
+            logging=dataclasses.replace(config.logging, wandb_project=None),
+        )
+        Trainer(tiny, build_recipe(tiny), deepspeed_config, processes).loop()
+        dist.barrier()
+    if processes.is_main:
+        print("dry run: one step on one row a process worked", flush=True)
