@@ -1,28 +1,33 @@
-"""Readers of raw text: every form that `--input` takes becomes a stream of chunks of documents.
+"""Readers of raw text: every form that `--input` takes becomes streams of items, read in chunks.
 
 A chunk is cheap to read (undecoded lines, rows of a table) and is decoded where it is used, in a worker process.
-Order and keys depend on the inputs alone, never on the number of workers.
+Order and keys depend on the inputs alone, never on the number of workers, and (stream, item) is a place to go on from.
 """
 
 import gzip
 import hashlib
-import io
 import json
 import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, Literal
 
 from data_tools import pydocs
 from megatext.data import DataError
 
 DOCUMENTS_PER_CHUNK = 512
-END_OF_DOCUMENT = "<|endoftext|>"
+BYTES_PER_CHUNK = 4 << 20
+"""A chunk ends at whichever comes first: books would fill the memory of all workers."""
+SEPARATOR = "<|endoftext|>"
+"""Ends a document in .txt files, as in TinyStories' own; a file without one is one document."""
+_BLOCK_BYTES = 1 << 20
 _SUFFIXES = (".jsonl.zst.tar", ".jsonl.zst", ".jsonl.gz", ".jsonl", ".txt", ".parquet")
 
 
@@ -33,46 +38,100 @@ class Document:
     key: str
     """Unique and stable: derives from the source's name and the place in it. Holds no dot and no slash."""
     text: str
-    """Unicode text without lone surrogates."""
+    """Unicode text without lone surrogates; not blank."""
     meta: dict[str, Any] = field(default_factory=dict)
     """What else the source gave: url, title, ..."""
 
 
 @dataclass(frozen=True)
+class Problem:
+    """An item that gave no document, or the rest of an input that could not be read."""
+
+    cause: Literal["broken_json", "invalid_utf8", "no_text", "empty", "truncated_input", "unreadable_input"]
+    """What the manifest counts it under."""
+    message: str
+    """File, line and what is wrong, for people."""
+
+
+Item = bytes | dict[str, Any] | Document
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One sequence of documents: a file, a member of a tar, a dataset."""
+
+    name: str
+    """What keys begin with; unique among the inputs."""
+    where: str
+    """What messages call it."""
+    unit: Literal["line", "row", "document"]
+    """An undecoded JSON line, a record, or plain text."""
+    items: Callable[[], Iterator[Item]]
+    """Reads it from its beginning."""
+    done: Callable[[], float]
+    """Share of all inputs read so far, 0 to 1; 0 where it is unknown."""
+
+
+@dataclass(frozen=True)
 class Chunk:
-    """Consecutive documents of one source, not yet decoded."""
+    """Consecutive items of one stream, not yet decoded."""
 
+    stream: int
+    """Number of the stream."""
     source: str
-    """The name that keys begin with."""
+    """Its name."""
+    where: str
+    """What messages call it."""
+    unit: str
+    """What its items are."""
     first: int
-    """Place of the first item in its source: line, row or document number."""
+    """Place of the first item in its stream, from 0."""
     items: list[Any]
-    """JSON lines (bytes), records (dict) or whole documents."""
     done: float
-    """Share of all inputs read up to the end of this chunk, 0 to 1; 0 where it is unknown."""
+    """Share of all inputs read up to the end of this chunk."""
+    problem: Problem | None = None
+    """Why the stream ends behind these items, if it could not be read to its end."""
 
 
-def decode(chunk: Chunk) -> tuple[list[Document], int]:
-    """The chunk's documents, and how many items were not a JSON object with a text."""
-    documents, malformed = [], 0
+def decode(chunk: Chunk) -> tuple[list[Document], list[Problem]]:
+    """The chunk's documents, and what was wrong with the other items. Blank lines are neither."""
+    documents, problems = [], [chunk.problem] if chunk.problem else []
     for number, item in enumerate(chunk.items, chunk.first):
-        if isinstance(item, Document):
-            documents.append(item)
+        if chunk.unit == "line" and not item.strip():
             continue
-        if isinstance(item, bytes) and not item.strip():
-            continue
-        try:
-            record = json.loads(item) if isinstance(item, bytes) else item
-            text = record["text"]
-            text = ("\n\n".join(text) if isinstance(text, list) else text).strip()
-            meta = dict(record.get("meta") or {})
-        except (ValueError, KeyError, TypeError, AttributeError):
-            malformed += 1
-            continue
-        if not text.isascii():  # a lone surrogate, as JSON escapes allow, is no text
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        documents.append(Document(f"{chunk.source}-{number:09d}", text, meta))
-    return documents, malformed
+        found = item if isinstance(item, Document) else _decode_item(item, chunk, number)
+        if isinstance(found, Problem):
+            problems.append(found)
+        else:
+            documents.append(found)
+    return documents, problems
+
+
+def _decode_item(item: bytes | dict[str, Any], chunk: Chunk, number: int) -> Document | Problem:
+    place = f"{chunk.where}, {chunk.unit} {number + 1}"
+    record: Any = item
+    try:
+        if isinstance(item, bytes):
+            line = item.decode("utf-8")
+            record = json.loads(line) if chunk.unit == "line" else {"text": line}
+    except UnicodeDecodeError as error:
+        line_number = f", its line {error.object[: error.start].count(10) + 1}" if chunk.unit == "document" else ""
+        return Problem("invalid_utf8", f"{place}{line_number}: not UTF-8 at byte {error.start} ({error.reason})")
+    except ValueError as error:
+        return Problem("broken_json", f"{place}: not JSON ({error})")
+    text = record.get("text") if isinstance(record, dict) else None
+    if isinstance(text, list) and all(isinstance(part, str) for part in text):
+        text = "\n\n".join(text)
+    if not isinstance(text, str):
+        keys = f"its keys are {', '.join(map(str, record))}" if isinstance(record, dict) else "it is not an object"
+        return Problem("no_text", f"{place}: has no `text` that is a string; {keys}")
+    text = text.strip()
+    if not text:
+        return Problem("empty", f"{place}: the document is empty")
+    if not text.isascii():  # a lone surrogate, as JSON escapes allow, is no text
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    meta = record.get("meta")
+    return Document(f"{chunk.source}-{number:09d}", text, dict(meta) if isinstance(meta, dict) else {})
 
 
 def expand(inputs: Sequence[str]) -> list[str]:
@@ -107,104 +166,204 @@ def describe(inputs: Sequence[str]) -> list[dict[str, Any]]:
     return described
 
 
-def read(inputs: Sequence[str], *, workers: int = 1, fraction: float = 1.0) -> Iterator[Chunk]:
-    """All inputs, one after another, in chunks. `fraction` below 1 reads about that share of `pydocs:` (the only
-    source whose reading costs more than its bytes); the others are read whole."""
-    expanded = expand(inputs)
-    sizes: list[int] = [0 if text.startswith(("hf:", "pydocs:")) else os.stat(text).st_size for text in expanded]
-    known = 0 if "pydocs:" in expanded else sum(sizes)
-    names: dict[str, int] = {}
-    before = 0
-    for text, size in zip(expanded, sizes, strict=True):
-        if text == "pydocs:":
-            yield from _pydocs(workers, fraction, known=len(expanded) == 1)
-            continue
-        name = _source_name(text)
-        names[name] = names.get(name, 0) + 1
-        if names[name] > 1:
-            name = f"{name}-{names[name]}"
+def read(
+    inputs: Sequence[str],
+    *,
+    workers: int = 1,
+    fraction: float = 1.0,
+    separator: str = SEPARATOR,
+    start: tuple[int, int] = (0, 0),
+    skip_errors: bool = False,
+) -> Iterator[Chunk]:
+    """All inputs, one after another, in chunks, from item `start[1]` of stream `start[0]` on.
+
+    `fraction` below 1 reads about that share of `pydocs:` (the only source whose reading costs more than its bytes);
+    the others are read whole. An input that cannot be read to its end raises DataError, or, with `skip_errors`, ends
+    early: its last chunk says why.
+    """
+    for number, stream in enumerate(_streams(expand(inputs), workers, fraction, separator)):
+        if number >= start[0]:
+            yield from _chunks(number, stream, start[1] if number == start[0] else 0, skip_errors)
+
+
+def _chunks(number: int, stream: Stream, first: int, skip_errors: bool) -> Iterator[Chunk]:
+    items = islice(stream.items(), first, None)
+    problem, ended = None, False
+    while not ended:
+        collected: list[Item] = []
+        held = 0
         try:
-            yield from _read_one(text, name, before, known)
-        except (EOFError, gzip.BadGzipFile, tarfile.TarError, UnicodeDecodeError, OSError) as error:
-            raise DataError(f"{text}: cannot be read to its end ({error}); is the file whole?") from error
-        before += size
+            for item in items:
+                collected.append(item)
+                held += _bytes_of(item)
+                if len(collected) == DOCUMENTS_PER_CHUNK or held > BYTES_PER_CHUNK:
+                    break
+            else:
+                ended = True
+        except _READ_ERRORS as error:
+            problem, ended = _problem_of(stream.where, error), True
+            if not skip_errors:
+                raise DataError(f"{problem.message}; --on-error skip goes on with the next input") from error
+        if collected or problem:
+            place = (number, stream.name, stream.where, stream.unit, first)
+            yield Chunk(*place, collected, stream.done(), problem)
+        first += len(collected)
 
 
-def _source_name(text: str) -> str:
-    name = text if text.startswith("hf:") else Path(text).name
-    for suffix in _SUFFIXES:
-        name = name.removesuffix(suffix)
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")
+def _bytes_of(item: Item) -> int:
+    if isinstance(item, bytes):
+        return len(item)
+    text = item.text if isinstance(item, Document) else item.get("text")
+    return len(text) if isinstance(text, str) else 0
 
 
-def _read_one(text: str, name: str, before: int, total: int) -> Iterator[Chunk]:
-    if text.startswith("hf:"):
-        yield from _chunks(name, _hugging_face(text), lambda: 0.0)
+_READ_ERRORS = (EOFError, tarfile.TarError, OSError, zlib.error)
+"""What a file that is damaged or ends too early raises; zstd's own error becomes an EOFError in `_zstd`."""
+
+
+def _problem_of(where: str, error: BaseException) -> Problem:
+    if isinstance(error, PermissionError | FileNotFoundError | IsADirectoryError):
+        return Problem("unreadable_input", f"{where}: cannot be opened ({error.strerror})")
+    return Problem("truncated_input", f"{where}: cannot be read to its end ({error}); is the file whole?")
+
+
+def _unknown() -> float:
+    return 0.0
+
+
+def _streams(inputs: list[str], workers: int, fraction: float, separator: str) -> Iterator[Stream]:
+    """The streams of all inputs. Nothing is read of a stream that nobody asks the items of."""
+    sizes = {text: 0 if text.startswith(("hf:", "pydocs:")) else os.stat(text).st_size for text in inputs}
+    total = 0 if any(not size for size in sizes.values()) else sum(sizes.values())
+    names: set[str] = set()
+    before = 0
+    for text in inputs:
+        if text == "pydocs:":
+            reader = _Pydocs(workers, fraction)
+            done = reader.done if len(inputs) == 1 else _unknown
+            yield Stream(_name("pydocs", names), text, "document", reader.documents, done)
+        elif text.startswith("hf:"):
+            yield Stream(_name(text, names), text, "row", partial(_hugging_face, text), _unknown)
+        else:
+            yield from _streams_of_file(text, names, separator, before, total)
+            before += sizes[text]
+
+
+def _streams_of_file(text: str, names: set[str], separator: str, before: int, total: int) -> Iterator[Stream]:
+    name = _name(text, names)
+    try:
+        file = open(text, "rb")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        yield _broken(name, text, error)
         return
-    with open(text, "rb") as file:
+    with file:
 
         def done() -> float:
             return (before + file.tell()) / total if total else 0.0
 
-        if text.endswith(".jsonl.zst.tar"):
+        if not text.endswith(".tar"):
+            unit, items = _reader(text, file, separator)
+            yield Stream(name, text, unit, items, done)
+            return
+        try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
-                    stream = tar.extractfile(member) if member.isfile() else None
-                    if stream is not None:
-                        yield from _chunks(f"{name}-{_source_name(member.name)}", _zstd(stream, text), done)
-        elif text.endswith(".zst"):
-            yield from _chunks(name, _zstd(file, text), done)
-        elif text.endswith(".gz"):
-            yield from _chunks(name, gzip.GzipFile(fileobj=file), done)
-        elif text.endswith(".jsonl"):
-            yield from _chunks(name, file, done)
-        elif text.endswith(".txt"):
-            yield from _chunks(name, _plain_text(file), done)
-        else:
-            import pyarrow.parquet
-
-            table = pyarrow.parquet.ParquetFile(file)
-            if "text" not in table.schema_arrow.names:
-                raise DataError(f"{text}: has no column `text`, only {', '.join(table.schema_arrow.names)}")
-            rows = (row for batch in table.iter_batches(DOCUMENTS_PER_CHUNK) for row in batch.to_pylist())
-            yield from _chunks(name, (_record(row) for row in rows), done)
+                    if member.isfile():
+                        own, where = _name(f"{name}-{Path(member.name).name}", names), f"{text}: {member.name}"
+                        yield Stream(own, where, "line", partial(_member, tar, member), done)
+        except tarfile.TarError as error:
+            yield _broken(name, text, error)
 
 
-def _chunks(name: str, items: Any, done: Any) -> Iterator[Chunk]:
-    first, collected = 0, []
-    for item in items:
-        collected.append(item)
-        if len(collected) == DOCUMENTS_PER_CHUNK:
-            yield Chunk(name, first, collected, done())
-            first, collected = first + len(collected), []
-    if collected:
-        yield Chunk(name, first, collected, done())
+def _broken(name: str, where: str, error: Exception) -> Stream:
+    """A stream whose reading raises at once, so that all errors are met at one place."""
+
+    def items() -> Iterator[Item]:
+        yield from ()
+        raise error
+
+    return Stream(name, where, "line", items, _unknown)
 
 
-def _zstd(stream: Any, text: str) -> Iterator[bytes]:
+def _reader(
+    text: str, file: BinaryIO, separator: str
+) -> tuple[Literal["line", "row", "document"], Callable[[], Iterator[Item]]]:
+    if text.endswith(".zst"):
+        return "line", partial(_zstd, file)
+    if text.endswith(".gz"):
+        return "line", partial(iter, gzip.GzipFile(fileobj=file))
+    if text.endswith(".jsonl"):
+        return "line", partial(iter, file)
+    if text.endswith(".txt"):
+        return "document", partial(_plain_text, file, separator.encode())
+    return "row", partial(_parquet, text, file)
+
+
+def _name(text: str, names: set[str]) -> str:
+    """What keys begin with: the file's name without its ending, numbered where it was there before."""
+    name = text if text.startswith("hf:") else Path(text).name
+    for suffix in _SUFFIXES:
+        name = name.removesuffix(suffix)
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")
+    unique, number = name, 1
+    while unique in names:
+        number += 1
+        unique = f"{name}-{number}"
+    names.add(unique)
+    return unique
+
+
+def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[bytes]:
+    stream = tar.extractfile(member)
+    assert stream is not None
+    yield from _zstd(stream)
+
+
+def _zstd(stream: IO[bytes]) -> Iterator[bytes]:
+    """Lines. OpenWebText2's files are one frame without its content's size, so they cannot be read at once; and a
+    frame that breaks off is an error, which zstandard's own stream reader keeps to itself."""
     import zstandard
 
-    reader = zstandard.ZstdDecompressor(max_window_size=2**31).stream_reader(
-        stream, read_across_frames=True, closefd=False
-    )
+    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+    frame = decompressor.decompressobj()
+    rest, inside = b"", False
     try:
-        yield from io.BufferedReader(reader, 1 << 20)
+        while block := stream.read(_BLOCK_BYTES):
+            while block:
+                *lines, rest = (rest + frame.decompress(block)).split(b"\n")
+                yield from lines
+                inside, block = not frame.eof, frame.unused_data
+                if frame.eof:
+                    frame = decompressor.decompressobj()
     except zstandard.ZstdError as error:
-        raise DataError(f"{text}: cannot be read to its end ({error}); is the file whole?") from error
+        raise EOFError(str(error)) from error
+    if inside:
+        raise EOFError("its zstd frame breaks off")
+    if rest:
+        yield rest
 
 
-def _plain_text(file: BinaryIO) -> Iterator[dict[str, Any]]:
-    # A line <|endoftext|> ends a document, as in TinyStories' own files; without one the file is one document.
-    lines: list[str] = []
-    for raw in file:
-        line = raw.decode("utf-8")
-        if line.strip() == END_OF_DOCUMENT:
-            yield {"text": "".join(lines).strip("\n")}
-            lines = []
-        else:
-            lines.append(line)
-    if "".join(lines).strip():
-        yield {"text": "".join(lines).strip("\n")}
+def _plain_text(file: BinaryIO, separator: bytes) -> Iterator[bytes]:
+    """Documents between separators; what is blank between two of them, and at the end, is none."""
+    rest = b""
+    while block := file.read(_BLOCK_BYTES):
+        *whole, rest = (rest + block).split(separator)
+        yield from (document for document in whole if document.strip())
+    if rest.strip():
+        yield rest
+
+
+def _parquet(text: str, file: BinaryIO) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+    except pyarrow.ArrowInvalid as error:
+        raise EOFError(str(error)) from error
+    if "text" not in table.schema_arrow.names:
+        raise DataError(f"{text}: has no column `text`, only {', '.join(table.schema_arrow.names)}")
+    for batch in table.iter_batches(DOCUMENTS_PER_CHUNK):
+        yield from map(_record, batch.to_pylist())
 
 
 def _record(row: dict[str, Any]) -> dict[str, Any]:
@@ -213,46 +372,62 @@ def _record(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hugging_face(text: str) -> Iterator[dict[str, Any]]:
+    """`hf:NAME[:CONFIG]:SPLIT`; NAME is on the hub, a folder of data files, or what `save_to_disk` wrote."""
     parts = text.split(":")[1:]
     if len(parts) not in (2, 3):
         raise DataError(f"{text}: write hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
-    from datasets import load_dataset
+    import datasets
 
-    name, config = parts[0], parts[1] if len(parts) == 3 else None
-    for row in load_dataset(name, config, split=parts[-1], streaming=True):
-        yield _record(row)
+    name, config, split = parts[0], parts[1] if len(parts) == 3 else None, parts[-1]
+    try:
+        if Path(name, "dataset_dict.json").is_file():
+            rows: Any = datasets.load_from_disk(name)[split]
+        elif Path(name, "state.json").is_file():
+            rows = datasets.load_from_disk(name)
+        else:
+            rows = datasets.load_dataset(name, config, split=split, streaming=True)
+    except (ValueError, KeyError, ConnectionError, OSError) as error:
+        raise DataError(f"{text}: cannot be loaded ({' '.join(str(error).split())})") from error
+    yield from map(_record, rows)
 
 
-def _pydocs_files(files: list[tuple[str, Path]]) -> list[tuple[str, int, list[str]]]:
+class _Pydocs:
+    """The docstrings of the installed packages, without paragraphs that were there before."""
+
+    def __init__(self, workers: int, fraction: float) -> None:
+        self.workers, self.fraction = workers, fraction
+        self._done = 0.0
+
+    def done(self) -> float:
+        return self._done
+
+    def documents(self) -> Iterator[Document]:
+        files = pydocs.python_files()
+        if self.fraction < 1:
+            files = [f for f in files if zlib.crc32(f[0].encode()) < self.fraction * 2**32]
+        step = max(1, min(100, len(files) // (4 * self.workers) or 1))
+        groups = [files[i : i + step] for i in range(0, len(files), step)]
+        seen: set[bytes] = set()
+        number = 0
+        with ProcessPoolExecutor(self.workers) as pool:
+            found_groups = pool.map(_prose_of, groups) if self.workers > 1 else map(_prose_of, groups)
+            for group, found in enumerate(found_groups, 1):
+                self._done = group / len(groups)
+                for relative, line, prose in found:
+                    fresh = []
+                    for paragraph in prose:
+                        identity = pydocs.paragraph_identity(paragraph)
+                        if identity not in seen:
+                            seen.add(identity)
+                            fresh.append(paragraph)
+                    if sum(len(p.split()) for p in fresh) >= pydocs.MIN_WORDS:
+                        key = "pydocs-" + hashlib.blake2b(f"{relative}:{line}".encode(), digest_size=8).hexdigest()
+                        number += 1
+                        yield Document(key, "\n\n".join(fresh), {"title": relative, "line": line})
+        print(f"pydocs: {number:,} documents of prose in {len(files):,} source files", flush=True)
+        if number == 0:
+            raise DataError("pydocs: found no documentation; is this Python installed without its packages' sources?")
+
+
+def _prose_of(files: list[tuple[str, Path]]) -> list[tuple[str, int, list[str]]]:
     return [found for relative, path in files for found in pydocs.read_file(relative, path)]
-
-
-def _pydocs(workers: int, fraction: float, known: bool) -> Iterator[Chunk]:
-    files = pydocs.python_files()
-    if fraction < 1:
-        files = [f for f in files if zlib.crc32(f[0].encode()) < fraction * 2**32]
-    step = max(1, min(100, len(files) // (4 * workers) or 1))
-    groups = [files[i : i + step] for i in range(0, len(files), step)]
-    seen: set[bytes] = set()
-    number = 0
-    collected: list[Document] = []
-    with ProcessPoolExecutor(workers) as pool:
-        found_groups = pool.map(_pydocs_files, groups) if workers > 1 else map(_pydocs_files, groups)
-        for group, found in enumerate(found_groups, 1):
-            for relative, line, prose in found:
-                fresh = []
-                for paragraph in prose:
-                    identity = pydocs.paragraph_identity(paragraph)
-                    if identity not in seen:
-                        seen.add(identity)
-                        fresh.append(paragraph)
-                if sum(len(p.split()) for p in fresh) >= pydocs.MIN_WORDS:
-                    key = "pydocs-" + hashlib.blake2b(f"{relative}:{line}".encode(), digest_size=8).hexdigest()
-                    collected.append(Document(key, "\n\n".join(fresh), {"title": relative, "line": line}))
-            if len(collected) >= DOCUMENTS_PER_CHUNK or group == len(groups):
-                if collected:
-                    yield Chunk("pydocs", number, collected, group / len(groups) if known else 0.0)
-                number, collected = number + len(collected), []
-    print(f"pydocs: {number:,} documents of prose in {len(files):,} source files", flush=True)
-    if number == 0:
-        raise DataError("pydocs: found no documentation; is this Python installed without its packages' sources?")

@@ -40,44 +40,70 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(temporary, path)
 
 
+def sample_bytes(key: str, arrays: dict[str, np.ndarray], record: dict[str, Any] | None) -> bytes:
+    """A sample as it lies in a tar: `<key>.<name>.npy` for each array, and `<key>.json`."""
+    parts = []
+    for name, array in arrays.items():
+        buffer = io.BytesIO()
+        np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+        parts.append(_member(f"{key}.{name}.npy", buffer.getvalue()))
+    if record is not None:
+        parts.append(_member(f"{key}.json", json.dumps(record, ensure_ascii=False).encode()))
+    return b"".join(parts)
+
+
+def _member(name: str, data: bytes) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    return info.tobuf(tarfile.PAX_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
 class ShardWriter:
     """One tar in the making; `close` renames it into place and returns its manifest entry."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, snapshot: dict[str, int] | None = None):
+        """`snapshot` is what `sync` returned: what was written later is cut off, also if the tar was finished since."""
         self.path = path
         self.samples = 0
         self.tokens = 0
         self.bytes = 0
         self._hash = hashlib.sha256()
         self._partial = path.with_name(f".{path.name}.partial")
-        self._file = open(self._partial, "wb")  # noqa: SIM115 (closed by close or abandon)
+        if snapshot is not None:
+            if path.exists():
+                os.replace(path, self._partial)
+            self.samples, self.tokens, self.bytes = (snapshot[key] for key in ("samples", "tokens", "bytes"))
+            os.truncate(self._partial, self.bytes)
+            with open(self._partial, "rb") as file:
+                while block := file.read(1 << 22):
+                    self._hash.update(block)
+        self._file = open(self._partial, "wb" if snapshot is None else "ab")  # noqa: SIM115 (closed by close or abandon)
 
     def add(self, key: str, arrays: dict[str, np.ndarray], record: dict[str, Any] | None, tokens: int) -> None:
         """A sample: `<key>.<name>.npy` for each array, and `<key>.json`."""
-        for name, array in arrays.items():
-            buffer = io.BytesIO()
-            np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
-            self._member(f"{key}.{name}.npy", buffer.getvalue())
-        if record is not None:
-            self._member(f"{key}.json", json.dumps(record, ensure_ascii=False).encode())
+        self.add_bytes(sample_bytes(key, arrays, record), tokens)
+
+    def add_bytes(self, sample: bytes, tokens: int) -> None:
+        """A sample from `sample_bytes`, of so many tokens."""
+        self._write(sample)
         self.samples += 1
         self.tokens += tokens
-
-    def _member(self, name: str, data: bytes) -> None:
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        self._write(info.tobuf(tarfile.PAX_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE))
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
         self._hash.update(data)
         self.bytes += len(data)
 
+    def sync(self) -> dict[str, int]:
+        """Everything so far is on the disk; what a writer that goes on from here needs to know."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return {"samples": self.samples, "tokens": self.tokens, "bytes": self.bytes}
+
     def close(self) -> dict[str, Any]:
         """{file, samples, tokens, bytes, sha256} of the finished shard."""
         self._write(bytes(2 * tarfile.BLOCKSIZE))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self.sync()
         self._file.close()
         os.replace(self._partial, self.path)
         return {

@@ -7,6 +7,7 @@ Plans need lengths only; every rank computes the whole plan and reads its own ro
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from megatext.data.order import Permutation
 from megatext.data.packing import TokenBatch, pack_prefix
 from megatext.data.shards import read_manifest
 from megatext.data.tar_index import TarIndex
-from megatext.data.windows import cut
+from megatext.data.windows import WindowIndex
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,9 @@ class TokenStream:
             self._shards.append(shard)
         lengths = [shard.lengths for shard in self._shards]
         self._first_document = np.cumsum([0] + [len(part) for part in lengths]).tolist()
-        self._windows = cut(np.concatenate(lengths) if lengths else np.empty(0, np.int64), config.max_tokens)
+        self._windows = WindowIndex(lengths, config.max_tokens)
         self.samples_per_epoch = len(self._windows)
-        self.tokens_per_epoch = int(self._windows.length.sum())
+        self.tokens_per_epoch = sum(int(part.sum()) for part in lengths)
         self._permutations: dict[int, Permutation] = {}
         self._check_size()
         self._hidden = None
@@ -132,12 +133,13 @@ class TokenStream:
         """The step that begins at global sample `sample`."""
         if not self.config.packed:
             samples = np.arange(sample, sample + self.rows_per_step, dtype=np.int64)
-            tokens = int(self._windows.length[self._window_of(samples)].sum())
+            tokens = int(self._windows.locate(self._window_of(samples)).length.sum())
             return StepPlan(sample, sample + self.rows_per_step, list(samples[:, None]), tokens)
         room = self.rows_per_step * self.config.row_tokens
         count = int(1.2 * room * self.samples_per_epoch / self.tokens_per_epoch) + 16
         while True:
-            lengths = self._windows.length[self._window_of(np.arange(sample, sample + count, dtype=np.int64))]
+            samples = np.arange(sample, sample + count, dtype=np.int64)
+            lengths = self._windows.locate(self._window_of(samples)).length
             if lengths.sum() > room:
                 break
             count *= 2
@@ -158,14 +160,13 @@ class TokenStream:
             hidden = torch.zeros(*shape, self._hidden.width, dtype=torch.bfloat16)
             valid = torch.zeros(shape, dtype=torch.bool)
         ramp = np.arange(self.config.max_tokens)
-        all_windows = self._window_of(np.concatenate(chosen) if chosen else np.empty(0, np.int64))
-        ends = np.cumsum([len(samples) for samples in chosen])
+        windows = self._windows.locate(self._window_of(np.concatenate([np.empty(0, np.int64), *chosen])))
+        places = iter(zip(windows.document.tolist(), windows.start.tolist(), windows.length.tolist(), strict=True))
         for r, samples in enumerate(chosen):
             at = 0
             keys = []
-            for s, window in enumerate(all_windows[ends[r] - len(samples) : ends[r]].tolist()):
-                start, length = int(self._windows.start[window]), int(self._windows.length[window])
-                shard, document = self._locate(int(self._windows.document[window]))
+            for s, (number, start, length) in enumerate(islice(places, len(samples))):
+                shard, document = self._locate(number)
                 end = at + length
                 tokens[r, at:end] = shard.array(document, start, start + length)
                 segment[r, at:end] = s

@@ -8,6 +8,8 @@ import math
 import mmap
 import os
 import re
+import struct
+import zipfile
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -177,8 +179,7 @@ class TarIndex:
 
     def _load(self, cache: Path) -> dict[str, np.ndarray] | None:
         try:
-            with np.load(cache, allow_pickle=False) as file:
-                fields = {name: file[name] for name in file.files}
+            fields = _map_npz(cache)
             return fields if np.array_equal(fields.pop("stamp"), self._stamp()) else None
         except Exception:  # a cache that is missing, damaged or of an older version is built anew
             return None
@@ -190,6 +191,24 @@ class TarIndex:
             os.replace(temporary, cache)
         except OSError:  # a read-only folder: the index stays in memory
             temporary.unlink(missing_ok=True)
+
+
+def _map_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an uncompressed .npz as views of the file: 17 million documents have an index of a gigabyte, and
+    all ranks of a machine share one copy of it in the page cache."""
+    arrays = {}
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        for item in archive.infolist():
+            # a zip's local header is 30 bytes, a name and extras, whose lengths are its last two numbers
+            name, extras = struct.unpack_from("<2H", view, item.header_offset + 26)
+            file.seek(item.header_offset + 30 + name + extras)
+            if np.lib.format.read_magic(file) != (1, 0) or item.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{path}: {item.filename} cannot be mapped")
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+            flat: np.ndarray = np.frombuffer(view, dtype, math.prod(shape), file.tell())
+            arrays[item.filename.removesuffix(".npy")] = flat.reshape(shape, order="F" if fortran_order else "C")
+    return arrays
 
 
 _NPY_HEADER = re.compile(rb"'descr': '([<|>=][a-z]\d+)', 'fortran_order': (False|True), 'shape': \(([\d, ]*)\)")

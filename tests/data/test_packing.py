@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatext.data.packing import best_fit_decreasing, pack_prefix
-from megatext.data.windows import cut
+from megatext.data.windows import WindowIndex, cut
 
 
 @given(lengths=st.lists(st.integers(0, 50), max_size=30), max_tokens=st.integers(1, 20))
@@ -19,6 +19,22 @@ def test_windows_cover_every_token_once(lengths: list[int], max_tokens: int) -> 
     ]
     assert covered == [(d, t) for d, n in enumerate(lengths) for t in range(n)]
     assert all(1 <= n <= max_tokens for n in windows.length)
+
+
+@given(
+    shards=st.lists(st.lists(st.integers(0, 50), max_size=9), max_size=4),
+    max_tokens=st.integers(1, 20),
+    data=st.data(),
+)
+def test_windows_are_found_by_number(shards: list[list[int]], max_tokens: int, data: st.DataObject) -> None:
+    whole = cut(np.array([n for shard in shards for n in shard], np.int64), max_tokens)
+    index = WindowIndex([np.array(shard, np.int64) for shard in shards], max_tokens)
+    assert len(index) == len(whole)
+    if len(whole):
+        asked = np.array(data.draw(st.lists(st.integers(0, len(whole) - 1))), np.int64)
+        found = index.locate(asked)
+        for name in ("document", "start", "length"):
+            assert np.array_equal(getattr(found, name), getattr(whole, name)[asked])
 
 
 @given(lengths=st.lists(st.integers(1, 32), min_size=1, max_size=60), rows=st.integers(1, 8))

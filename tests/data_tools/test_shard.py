@@ -4,7 +4,12 @@ import gzip
 import hashlib
 import io
 import json
+import resource
+import shutil
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,7 @@ from megatext.data import DataError
 from megatext.data.tar_index import TarIndex
 from megatext.tokenizer import load_tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = "the a cat dog house river sees likes under over and then small green old new bird stone sings waits".split()
 TEXTS = [" ".join(WORDS[(i * j + j * j) % len(WORDS)] for j in range(5 + i % 40)) + f". {i}\nend" for i in range(240)]
 
@@ -81,6 +87,8 @@ def test_splits_filters_and_manifest(tokenizer: str, tmp_path: Path) -> None:
     lines = (
         json_lines([*TEXTS, TEXTS[3], TEXTS[4].upper(), "tiny", " "])
         + b'{"text": 5}\nnot json\n\n{"text": ["one part", "another"]}\n'
+        + b'{"text": "\xff"}\n{"text": "un texte d\'ailleurs, assez long", "meta": {"lang": "fr"}}\n'
+        + b'{"text": "it says it has few words", "meta": {"lang": "en", "word_count": 2}}\n'
     )
     (tmp_path / "a.jsonl").write_bytes(lines)
     manifest = shard.shard(
@@ -90,10 +98,14 @@ def test_splits_filters_and_manifest(tokenizer: str, tmp_path: Path) -> None:
         validation_fraction=0.1,
         test_fraction=0.2,
         min_tokens=9,
+        languages=("en",),
+        min_words=1,
+        on_error="skip",
     )
-    assert manifest["dropped"] == {"duplicate": 2, "too_short": 2, "malformed": 2}
+    assert manifest["dropped"] == {"duplicate": 2, "too_short": 1, "language": 1}
+    assert manifest["skipped"] == {"empty": 1, "no_text": 1, "broken_json": 1, "invalid_utf8": 1}
     documents = {name: split["documents"] for name, split in manifest["splits"].items()}
-    assert sum(documents.values()) == len(TEXTS) + 1
+    assert sum(documents.values()) == len(TEXTS) + 2
     assert 25 < documents["test"] < 75
     assert 8 < documents["validation"] < 45
     assert "one part\n\nanother" in texts_of(tmp_path / "out").values()
@@ -132,6 +144,7 @@ def test_workers_and_interruptions_change_nothing(
     assert len(list((tmp_path / "one").glob("train-*.tar"))) > 3
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
+    monkeypatch.setattr(shard, "SNAPSHOT_SECONDS", 0.0)
     calls = 0
     encode = shard.encode_chunk
 
@@ -150,13 +163,135 @@ def test_workers_and_interruptions_change_nothing(
         shard.shard(inputs, tokenizer, tmp_path / "three", **options)
     with pytest.raises(DataError, match="other inputs or settings"):
         shard.shard(inputs, tokenizer, tmp_path / "three", resume=True, shard_tokens=701)
+    assert 0 < calls < 15
     shard.shard(inputs, tokenizer, tmp_path / "three", resume=True, **options)
+    assert calls == 1 + 15, "what was encoded before the interruption is not encoded again, but for one chunk"
     assert tree(tmp_path / "three") == tree(tmp_path / "one")
     shard.shard(inputs, tokenizer, tmp_path / "three", resume=True, **options)
 
 
+RUN = """
+import sys
+from data_tools import shard, sources
+shard.SNAPSHOT_SECONDS, sources.DOCUMENTS_PER_CHUNK = 0.02, 8
+shard.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_at_any_moment_and_resumed_equals_uninterrupted(tokenizer: str, tmp_path: Path, workers: int) -> None:
+    """kill -9, again and again, at moments that nobody chose."""
+    texts = [f"{text} {copy}" for copy in range(60) for text in TEXTS]
+    data = json_lines([*texts, *TEXTS[:50], *texts[:500]])
+    half = data.index(b"\n", len(data) // 2) + 1
+    (tmp_path / "a.jsonl").write_bytes(data[:half])
+    frames = zstandard.ZstdCompressor(write_content_size=False)
+    (tmp_path / "b.jsonl.zst").write_bytes(frames.compress(data[half:]))
+    options = ["--input", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl.zst"), "--tokenizer", tokenizer]
+    options += ["--shard-tokens", "20000", "--test-fraction", "0.2", "--workers", str(workers)]
+    command = [sys.executable, "-c", RUN, *options]
+    subprocess.run([*command, "--output", str(tmp_path / "whole")], cwd=ROOT, check=True, capture_output=True)
+    output, kills, last = tmp_path / "killed", 0, -1
+    while not (output / "manifest.json").exists():
+        with open(tmp_path / "log", "wb") as log:
+            run = subprocess.Popen([*command, "--output", str(output), "--resume"], cwd=ROOT, stdout=log, stderr=log)
+            while kills < 6 and run.poll() is None:
+                time.sleep(0.005)
+                if progress_of(output) > last + 300:
+                    time.sleep(0.013 * (kills % 3))
+                    run.kill()
+                    kills, last = kills + 1, progress_of(output)
+            assert run.wait(timeout=120) in (0, -9), (tmp_path / "log").read_text()
+    assert kills >= 3
+    assert tree(output) == tree(tmp_path / "whole")
+
+
+def progress_of(output: Path) -> int:
+    """Documents of the last snapshot."""
+    try:
+        counts = json.loads((output / ".progress.json").read_text())["counts"]
+    except (OSError, ValueError):
+        return -1
+    return sum(count["documents"] for count in counts.values())
+
+
+def test_a_full_disk_is_told_and_resumed(tokenizer: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS))
+    inputs = [str(tmp_path / "a.jsonl")]
+    shard.shard(inputs, tokenizer, tmp_path / "whole")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
+    try:
+        with pytest.raises(DataError, match="writing failed .*free some space and run again with --resume"):
+            shard.shard(inputs, tokenizer, tmp_path / "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    shard.shard(inputs, tokenizer, tmp_path / "full", resume=True)
+    assert tree(tmp_path / "full") == tree(tmp_path / "whole")
+
+
+def test_problems_name_file_and_line_and_are_counted(tokenizer: str, tmp_path: Path) -> None:
+    lines = json_lines(TEXTS[:20])
+    whole = zstandard.ZstdCompressor(write_content_size=False).compress(json_lines(TEXTS[20:]))
+    cases: dict[str, tuple[bytes, str, str]] = {
+        "json.jsonl": (lines + b"{broken\n", r"json\.jsonl, line 21: not JSON", "broken_json"),
+        "utf8.jsonl": (lines + b'{"text": "\xff"}', r"utf8\.jsonl, line 21: not UTF-8", "invalid_utf8"),
+        "text.jsonl": (lines + b'{"body": 1}', r"text\.jsonl, line 21: has no `text`.*its keys are body", "no_text"),
+        "list.jsonl": (lines + b"[1]", r"list\.jsonl, line 21: has no `text`", "no_text"),
+        "empty.jsonl": (lines + b'{"text": " "}', r"empty\.jsonl, line 21: the document is empty", "empty"),
+        "bytes.txt": (b"one\n<|endoftext|>two\n\xff", r"bytes\.txt, document 2, its line 2", "invalid_utf8"),
+        "cut.jsonl.gz": (gzip.compress(lines)[:-30], r"cut\.jsonl\.gz: cannot be read to its end", "truncated_input"),
+        "cut.jsonl.zst": (whole[:-30], r"cut\.jsonl\.zst: cannot be read to its end .*breaks off", "truncated_input"),
+        "bad.jsonl.zst": (b"no zstd", r"bad\.jsonl\.zst: cannot be read to its end", "truncated_input"),
+        "bad.jsonl.zst.tar": (b"no tar" * 99, r"bad\.jsonl\.zst\.tar: cannot be read", "truncated_input"),
+        "bad.parquet": (b"no table", r"bad\.parquet: cannot be read to its end", "truncated_input"),
+    }
+    (tmp_path / "zz.jsonl").write_bytes(lines)
+    for number, (name, (content, message, cause)) in enumerate(cases.items()):
+        (tmp_path / name).write_bytes(content)
+        inputs = [str(tmp_path / name), str(tmp_path / "zz.jsonl")]
+        with pytest.raises(DataError, match=f"{message}.*--on-error skip"):
+            shard.shard(inputs, tokenizer, tmp_path / f"stop{number}")
+        manifest = shard.shard(inputs, tokenizer, tmp_path / f"skip{number}", on_error="skip")
+        assert manifest["skipped"] == {cause: 1}, name
+        assert sum(split["documents"] for split in manifest["splits"].values()) >= 20, name
+
+
+def test_text_files_are_split_where_the_separator_stands(tokenizer: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sources, "_BLOCK_BYTES", 7)  # separators lie across blocks
+    (tmp_path / "a.txt").write_text("one\n\ntwo--three é--\n--four")
+    shard.shard([str(tmp_path / "a.txt")], tokenizer, tmp_path / "out", separator="--")
+    assert sorted(texts_of(tmp_path / "out").values()) == sorted(["one\n\ntwo", "three é", "four"])
+
+
+def test_local_hugging_face_datasets(tokenizer: str, tmp_path: Path) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": TEXTS[:30], "url": [str(i) for i in range(30)]})
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"validation": rows}).save_to_disk(tmp_path / "many")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "train.jsonl").write_bytes(json_lines(TEXTS[:30]))
+    for number, name in enumerate(("one:any", "many:validation", "files:train")):
+        shard.shard([f"hf:{tmp_path}/{name}"], tokenizer, tmp_path / f"out{number}")
+        assert sorted(texts_of(tmp_path / f"out{number}").values()) == sorted(TEXTS[:30])
+    with pytest.raises(DataError, match="cannot be loaded"):
+        shard.shard([f"hf:{tmp_path}/nowhere:train"], tokenizer, tmp_path / "out9")
+
+
+def test_files_of_one_name_have_keys_of_their_own(tokenizer: str, tmp_path: Path) -> None:
+    for number, folder in enumerate("abc"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.jsonl").write_bytes(json_lines(TEXTS[10 * number : 10 * number + 10]))
+    shard.shard([str(tmp_path / folder) for folder in "abc"], tokenizer, tmp_path / "out")
+    assert len(texts_of(tmp_path / "out")) == 30
+    assert {key.rpartition("-")[0] for key in texts_of(tmp_path / "out")} == {"x", "x-2", "x-3"}
+
+
 def test_bad_input_is_named(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def error(path: str, **options: Any) -> str:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
         with pytest.raises(DataError) as caught:
             shard.shard([path], options.pop("tokenizer", tokenizer), tmp_path / "out", **options)
         return str(caught.value)
@@ -166,17 +301,11 @@ def test_bad_input_is_named(tokenizer: str, tmp_path: Path, capsys: pytest.Captu
     assert "unknown kind of file" in error(str(tmp_path / "x.doc"))
     (tmp_path / "empty.jsonl").touch()
     assert "no document was kept" in error(str(tmp_path / "empty.jsonl"))
-    broken = tmp_path / "broken.jsonl.gz"
-    broken.write_bytes(gzip.compress(json_lines(TEXTS))[:-50])
-    assert "broken.jsonl.gz: cannot be read to its end" in error(str(broken))
-    broken = tmp_path / "broken.jsonl.zst"
-    broken.write_bytes(b"\x28\xb5\x2f\xfd garbage")
-    assert "broken.jsonl.zst: cannot be read to its end" in error(str(broken))
     (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS))
     assert "--tokenizer" in error(str(tmp_path / "a.jsonl"), tokenizer=str(tmp_path / "none"))
-    (tmp_path / "out").rename(tmp_path / "folder")
-    (tmp_path / "out").touch()
-    assert "cannot be written" in error(str(tmp_path / "a.jsonl"))
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="cannot be written"):
+        shard.shard([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "file" / "out")
     with pytest.raises(SystemExit) as exit_status:
         shard.main(["--input", str(tmp_path / "absent"), "--tokenizer", tokenizer, "--output", str(tmp_path / "o")])
     assert exit_status.value.code == 1
