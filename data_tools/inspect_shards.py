@@ -59,7 +59,9 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = manifest["tokenizer"]
         short = tokenizer["fingerprint"][:16]
         print(f"tokenizer: {tokenizer['vocab_size']} entries, eos {tokenizer['eos_id']}, fingerprint {short}")
-        print(f"dropped:   {', '.join(f'{count:,} {reason}' for reason, count in manifest['dropped'].items())}")
+        for kind in ("dropped", "skipped"):
+            found = ", ".join(f"{count:,} {reason}" for reason, count in manifest.get(kind, {}).items())
+            print(f"{kind}:   {found or 'nothing'}")
         for split, content in manifest["splits"].items():
             shards = [TarIndex(directory / entry["file"]) for entry in content["shards"]]
             lengths = np.concatenate([shard.lengths for shard in shards]) if shards else np.zeros(1, np.int64)
