@@ -10,8 +10,8 @@ _FULL = 0.75
 
 
 class HashSet:
-    """128-bit hashes, open addressing with linear probing. A Python set of them takes about 100 bytes an entry, which
-    for OpenWebText2's 17 million documents is the memory of a laptop."""
+    """128-bit hashes, open addressing with linear probing. A Python set of them takes 83 bytes an entry (by
+    tracemalloc, a million of them), 1.4 GB for OpenWebText2's 17 million documents."""
 
     def __init__(self, capacity: int = 1 << 16) -> None:
         """`capacity` is a power of two."""

@@ -43,6 +43,8 @@ SNAPSHOT_SECONDS = 10.0
 """What a kill can cost at most, beside the chunks in flight."""
 _PROGRESS = ".progress.json"
 _SEEN = ".seen.bin"
+_SAME_DOCUMENT = "exact text, case and white space ignored"
+"""What the manifest says of `text_identity`."""
 _DEFAULT_TOKENIZER = "Qwen/Qwen3-1.7B"
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -66,8 +68,6 @@ class Filters:
     """Share of documents, by a hash of their text."""
     test_fraction: float = 0.01
     """Likewise."""
-    deduplicate: str = "exact text, case and white space ignored"
-    """What counts as the same document."""
 
     def refuses(self, document: sources.Document) -> str | None:
         """Why a document is dropped before it is tokenized."""
@@ -268,6 +268,8 @@ class _Corpus:
 
     def read(self, inputs: list[str], workers: int, separator: str) -> None:
         """Encode what is left of the inputs and add it in order, with a progress bar."""
+        if self.kept == self.filters.limit:  # interrupted between the last document and the manifest
+            return
         pool = None
         start_arguments = (str(self.output / TOKENIZER_FOLDER), self.filters)
         if workers > 1:
@@ -345,7 +347,7 @@ def shard(
         "separator": separator,
         "tokenizer": tokenizer.fingerprint(),
         "shard_tokens": shard_tokens,
-        "filters": json.loads(json.dumps(asdict(chosen))),
+        "filters": {**asdict(chosen), "languages": list(chosen.languages), "deduplicate": _SAME_DOCUMENT},
         "on_error": on_error,
     }
     try:

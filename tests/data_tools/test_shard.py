@@ -216,6 +216,27 @@ def progress_of(output: Path) -> int:
     return sum(count["documents"] for count in counts.values())
 
 
+def test_a_limit_holds_through_an_interruption_at_the_very_end(
+    tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard, "SNAPSHOT_SECONDS", 0.0)
+    (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS))
+    inputs = [str(tmp_path / "a.jsonl")]
+    monkeypatch.setattr(sources, "DOCUMENTS_PER_CHUNK", 16)
+    shard.shard(inputs, tokenizer, tmp_path / "whole", limit=24)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard._Corpus, "finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            shard.shard(inputs, tokenizer, tmp_path / "out", limit=24)
+    manifest = shard.shard(inputs, tokenizer, tmp_path / "out", limit=24, resume=True)
+    assert sum(split["documents"] for split in manifest["splits"].values()) == 24
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
 def test_a_full_disk_is_told_and_resumed(tokenizer: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS))
     inputs = [str(tmp_path / "a.jsonl")]
