@@ -15,7 +15,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -32,6 +32,7 @@ from megatext.data.shards import (
     MANIFEST,
     TOKENIZER_FOLDER,
     ShardWriter,
+    files_of,
     read_manifest,
     sample_bytes,
     write_json,
@@ -152,7 +153,7 @@ def encode_chunk(chunk: sources.Chunk) -> Encoded:
 
 
 def ordered_map(
-    pool: ProcessPoolExecutor | None, function: Callable[[_Item], _Result], items: Iterable[_Item], ahead: int
+    pool: Executor | None, function: Callable[[_Item], _Result], items: Iterable[_Item], ahead: int
 ) -> Iterator[_Result]:
     """`map` in order over a pool with at most `ahead` items in flight, so that a corpus is never read into memory."""
     if pool is None:
@@ -310,6 +311,7 @@ class _Corpus:
                 "fingerprint": tokenizer.fingerprint(),
                 "vocab_size": tokenizer.vocab_size,
                 "eos_id": tokenizer.eos_id,
+                "files": files_of(self.output, TOKENIZER_FOLDER),
             },
             "splits": {s: {**self.counts[s], "shards": self.writers[s].entries} for s in SPLITS},
             "sources": self.settings["inputs"],

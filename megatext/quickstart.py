@@ -98,14 +98,7 @@ class Quickstart:
             f" {self.preset.options.get('extract_hidden_states', '')}"
         )
         self._add("extract_hidden_states", extract, writes=[states], needs=["shard"] if teacher else ["export_lm"])
-        # Held-out states go beside the others: their alignment is what tells that REPA works.
-        self._add(
-            "extract_hidden_states_validation",
-            f"{extract} --split validation",
-            writes=[states / "validation-000000.tar"],
-            needs=["extract_hidden_states"],
-        )
-        self._train("vae", needs=["extract_hidden_states_validation"])
+        self._train("vae", needs=["extract_hidden_states"])
         vaes, dit = ["vae"], f"dit_{self.recipe}"
         if self.recipe == "default":
             self._train("token_vae", needs=["shard"])

@@ -3,8 +3,11 @@
 import hashlib
 import io
 import json
+import math
 import os
 import tarfile
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,9 @@ MANIFEST = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 
 
-def read_manifest(directory: str | Path, made_by: str = "data_tools.shard") -> dict[str, Any]:
+def read_manifest(
+    directory: str | Path, made_by: str = "data_tools.shard", version: int = FORMAT_VERSION
+) -> dict[str, Any]:
     """The manifest of a shard directory; raises DataError, which names the program that makes such directories, where
     there is none or it is of another format."""
     path = Path(directory) / MANIFEST
@@ -28,9 +33,26 @@ def read_manifest(directory: str | Path, made_by: str = "data_tools.shard") -> d
         raise DataError(f"{path}: no such file: not a finished directory of `python -m {made_by}`{again}") from None
     except ValueError as error:
         raise DataError(f"{path}: damaged ({error}); write the shards again") from None
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise DataError(f"{path}: format {manifest.get('format_version')}, this code reads format {FORMAT_VERSION}")
+    if manifest.get("format_version") != version:
+        raise DataError(
+            f"{path}: format {manifest.get('format_version')}, this code reads format {version} of what {made_by} "
+            "writes; write it again"
+        )
     return manifest
+
+
+def split_fingerprint(manifest: dict[str, Any], split: str) -> str:
+    """sha256 (hex) over the checksums of a split's shards: what lies in them, and in which order."""
+    checksums = [entry["sha256"] for entry in manifest["splits"][split]["shards"]]
+    return hashlib.sha256("\n".join(checksums).encode()).hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote; raises DataError for a damaged file."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path}: damaged ({error}); remove it and run the same command again") from None
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -38,6 +60,16 @@ def write_json(path: Path, content: Any) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     os.replace(temporary, path)
+
+
+def files_of(directory: Path, folder: str) -> list[dict[str, Any]]:
+    """{file, bytes, sha256} of the files in a folder of a shard directory: who copies it needs their names."""
+    entries = []
+    for path in sorted((directory / folder).iterdir()):
+        content = path.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        entries.append({"file": f"{folder}/{path.name}", "bytes": len(content), "sha256": digest})
+    return entries
 
 
 def sample_bytes(key: str, arrays: dict[str, np.ndarray], record: dict[str, Any] | None) -> bytes:
@@ -53,9 +85,13 @@ def sample_bytes(key: str, arrays: dict[str, np.ndarray], record: dict[str, Any]
 
 
 def _member(name: str, data: bytes) -> bytes:
+    return _header(name, len(data)) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
+def _header(name: str, size: int) -> bytes:
     info = tarfile.TarInfo(name)
-    info.size = len(data)
-    return info.tobuf(tarfile.PAX_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+    info.size = size
+    return info.tobuf(tarfile.PAX_FORMAT)
 
 
 class ShardWriter:
@@ -89,6 +125,21 @@ class ShardWriter:
         self.samples += 1
         self.tokens += tokens
 
+    def add_array(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> None:
+        """One member, an array that comes in parts along its first dimension; samples and tokens are the caller's to
+        count."""
+        buffer = io.BytesIO()
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(buffer, header)
+        size = len(buffer.getvalue()) + math.prod(shape) * dtype.itemsize
+        self._write(_header(name, size) + buffer.getvalue())
+        end = self.bytes + math.prod(shape) * dtype.itemsize
+        for part in parts:
+            self._write(np.ascontiguousarray(part, dtype).tobytes())
+        if self.bytes != end:
+            raise ValueError(f"{self.path}: {name}: {self.bytes - end:+} bytes beside shape {shape}")
+        self._write(bytes(-size % tarfile.BLOCKSIZE))
+
     def _write(self, data: bytes) -> None:
         self._file.write(data)
         self._hash.update(data)
@@ -116,5 +167,6 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Remove what was written."""
-        self._file.close()
+        with suppress(OSError):  # what is in its buffer may not fit on the disk
+            self._file.close()
         self._partial.unlink(missing_ok=True)

@@ -1,26 +1,38 @@
 """The training stream: which windows make up the step that begins at global sample i, and their tokens.
 
-Global sample i is window number permutation(epoch i // n)(i % n) of n. A step takes the longest prefix of the next
-samples that packs into its rows, so the step after it, and everything a resumed run needs, follows from i alone.
-Plans need lengths only; every rank computes the whole plan and reads its own rows.
+Global sample i belongs to a source and a position in it (megatext.data.mixture), the position to a window
+(megatext.data.source). A step takes the longest prefix of the next samples that packs into its rows, so the step after
+it, and everything a resumed run needs, follows from i alone. Plans need lengths only; every rank computes the whole
+plan and reads its own rows.
 """
 
-from bisect import bisect_right
+import hashlib
+import math
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from megatext.config import ConfigError
 from megatext.data import DataError
-from megatext.data.hidden_states import HiddenStates
-from megatext.data.order import Permutation
+from megatext.data.mixture import Mixture, counts_of
 from megatext.data.packing import TokenBatch, pack_prefix
-from megatext.data.shards import read_manifest
-from megatext.data.tar_index import TarIndex
-from megatext.data.windows import WindowIndex
+from megatext.data.remote import is_remote
+from megatext.data.source import WindowSource
+from megatext.data.windows import Windows
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """A further source, read in turns with the first."""
+
+    shards: str
+    """As data.shards."""
+    weight: float = 1.0
+    """As data.weight."""
+    hidden_states: str | None = None
+    """As data.hidden_states."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +40,14 @@ class DataConfig:
     """What is read and how it is cut."""
 
     shards: str
-    """Directory of token shards, as data_tools.shard writes it."""
+    """Directory of token shards, as data_tools.shard writes it; or where to fetch it from: https://..., s3://..., or
+    pipe:command with {} for the name of a file."""
+    weight: float = 1.0
+    """Share of the tokens, relative to the weights of more_sources."""
+    hidden_states: str | None = None
+    """Directory of teacher states, as data_tools.extract_hidden_states writes it; null for none. May be remote too."""
+    more_sources: tuple[SourceConfig, ...] = ()
+    """Further shard directories, made with the same tokenizer."""
     split: str = "train"
     """train, validation or test."""
     row_tokens: int = 1024
@@ -37,8 +56,6 @@ class DataConfig:
     """Longer documents are cut into consecutive windows of this many tokens. At most row_tokens."""
     packed: bool = True
     """Pack several windows into a row; otherwise one window a row."""
-    hidden_states: str | None = None
-    """Directory of teacher states, as data_tools.extract_hidden_states writes it; null for none."""
 
     def __post_init__(self) -> None:
         if self.row_tokens < 1 or self.max_tokens < 1:
@@ -47,6 +64,22 @@ class DataConfig:
             )
         if self.max_tokens > self.row_tokens:
             raise ConfigError(f"data.max_tokens ({self.max_tokens}) is more than data.row_tokens ({self.row_tokens})")
+        for source in self.sources:
+            if not 0 < source.weight < math.inf:
+                raise ConfigError(f"data: the weight of {source.shards} is {source.weight}; it must be positive")
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """All of them, the first one too."""
+        return (SourceConfig(self.shards, self.weight, self.hidden_states), *self.more_sources)
+
+    def folders(self) -> list[str]:
+        """The shard directories that must be on this machine."""
+        return [source.shards for source in self.sources if not is_remote(source.shards)]
+
+    def states(self) -> list[str]:
+        """The places of teacher states, of the sources that have some."""
+        return [source.hidden_states for source in self.sources if source.hidden_states is not None]
 
 
 @dataclass(frozen=True)
@@ -64,82 +97,83 @@ class StepPlan:
 
 
 class TokenStream:
-    """Rows of tokens in an order that is a pure function of (seed, shards); see the module's first lines.
+    """Rows of tokens in an order that is a pure function of (seed, shards, weights); see the module's first lines.
 
-    Raises DataError for missing or damaged shards, and where the split holds less than one step.
+    Raises DataError for missing or damaged shards, sources that do not go together, and where the split holds less
+    than one step.
     """
 
     def __init__(self, config: DataConfig, *, seed: int, rows_per_step: int):
         self.config = config
-        self.seed = seed
         self.rows_per_step = rows_per_step
-        manifest = read_manifest(config.shards)
-        if config.split not in manifest["splits"]:
-            raise DataError(f"{config.shards}: no split {config.split!r}, only {', '.join(manifest['splits'])}")
-        self.tokenizer_fingerprint: str = manifest["tokenizer"]["fingerprint"]
-        self._shards = []
-        for entry in manifest["splits"][config.split]["shards"]:
-            shard = TarIndex(Path(config.shards) / entry["file"])
-            found = len(shard), int(shard.lengths.sum())
-            if found != (entry["samples"], entry["tokens"]):
-                raise DataError(
-                    f"{shard.path}: holds {found[0]} documents and {found[1]} tokens, but the manifest says "
-                    f"{entry['samples']} and {entry['tokens']}; write the shards again"
-                )
-            self._shards.append(shard)
-        lengths = [shard.lengths for shard in self._shards]
-        self._first_document = np.cumsum([0] + [len(part) for part in lengths]).tolist()
-        self._windows = WindowIndex(lengths, config.max_tokens)
-        self.samples_per_epoch = len(self._windows)
-        self.tokens_per_epoch = sum(int(part.sum()) for part in lengths)
-        self._permutations: dict[int, Permutation] = {}
+        self.sources = [
+            WindowSource(s.shards, config.split, max_tokens=config.max_tokens, hidden_states=s.hidden_states, seed=seed)
+            for s in config.sources
+        ]
+        first = self.sources[0]
+        self.tokenizer_fingerprint = first.tokenizer_fingerprint
+        for other in self.sources[1:]:
+            if other.tokenizer_fingerprint != self.tokenizer_fingerprint:
+                raise DataError(f"{other.name}: made with another tokenizer than {first.name}; shard one of them again")
+        widths = {source.hidden.width for source in self.sources if source.hidden is not None}
+        if len(widths) > 1:
+            raise DataError(f"data: the teacher states of the sources have different widths, {sorted(widths)}")
+        self._hidden_width = widths.pop() if widths else None
+        # weights are shares of tokens, counts are of windows
+        window_tokens = np.array([source.tokens / source.windows for source in self.sources])
+        counts = counts_of([s.weight for s in config.sources] / window_tokens)
+        self._mixture = Mixture(counts, seed)
+        self._window_tokens = float(np.average(window_tokens, weights=counts))
+        content = [seed, config.max_tokens, *counts, *(source.content for source in self.sources)]
+        self.order_fingerprint = hashlib.sha256(str(content).encode()).hexdigest()
+        """Equal for streams in which global sample i is the same window for every i."""
         self._check_size()
-        self._hidden = None
-        if config.hidden_states is not None:
-            self._hidden = HiddenStates(config.hidden_states)
-            self._hidden.check(tokenizer_fingerprint=self.tokenizer_fingerprint, max_tokens=config.max_tokens)
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Tokens of all sources, each counted once."""
+        return sum(source.tokens for source in self.sources)
+
+    def epochs(self, sample: int) -> list[float]:
+        """How often each source has been read when global sample `sample` is next, on average over the order."""
+        shares = self._mixture.counts / self._mixture.counts.sum()
+        return [float(sample * s / source.windows) for s, source in zip(shares, self.sources, strict=True)]
 
     def _check_size(self) -> None:
         config = self.config
-        size = f"{self.samples_per_epoch} windows, {self.tokens_per_epoch} tokens"
-        have = f"{config.shards}: split {config.split!r} holds {size}"
-        needed = f"one step needs {self.rows_per_step} rows"
-        advice = "take a larger corpus, a larger split, or fewer rows per step"
-        if self.samples_per_epoch == 0:
-            raise DataError(f"{have}; {advice}")
-        if config.packed:
-            needed += f" of {config.row_tokens} tokens"
-            too_small = self.plan(0).next_sample > self.samples_per_epoch
-        else:
-            needed += " with a window each"
-            too_small = self.samples_per_epoch < self.rows_per_step
-        if too_small:
-            raise DataError(f"{have}, but {needed}: {advice}")
+        step = self.plan(0)
+        for source, epochs in zip(self.sources, self.epochs(step.next_sample), strict=True):
+            if epochs > 1:
+                needed = f"of {config.row_tokens} tokens" if config.packed else "with a window each"
+                raise DataError(
+                    f"{source.name}: split {config.split!r} holds {source.windows} windows, {source.tokens} tokens; "
+                    f"one step of {self.rows_per_step} rows {needed} reads more: take a larger corpus, a larger "
+                    "split, or fewer rows per step"
+                )
 
-    def _window_of(self, samples: np.ndarray) -> np.ndarray:
-        """Window numbers of global samples (int64, any epochs)."""
-        epochs = samples // self.samples_per_epoch
-        windows = np.empty(len(samples), np.int64)
-        for epoch in np.unique(epochs).tolist():
-            if epoch not in self._permutations:
-                if len(self._permutations) > 8:
-                    self._permutations.clear()
-                self._permutations[epoch] = Permutation(self.samples_per_epoch, self.seed, epoch)
-            chosen = epochs == epoch
-            windows[chosen] = self._permutations[epoch](samples[chosen] % self.samples_per_epoch)
-        return windows
+    def _locate(self, samples: np.ndarray) -> tuple[np.ndarray, Windows]:
+        """(source int64, window) of each of the global samples (int64, any epochs)."""
+        chosen, positions = self._mixture.locate(samples)
+        if len(self.sources) == 1:
+            return chosen, self.sources[0].locate(positions)
+        columns = np.empty((3, len(samples)), np.int64)
+        for number, source in enumerate(self.sources):
+            own = np.flatnonzero(chosen == number)
+            found = source.locate(positions[own])
+            columns[:, own] = found.document, found.start, found.length
+        return chosen, Windows(*columns)
 
     def plan(self, sample: int) -> StepPlan:
         """The step that begins at global sample `sample`."""
         if not self.config.packed:
             samples = np.arange(sample, sample + self.rows_per_step, dtype=np.int64)
-            tokens = int(self._windows.locate(self._window_of(samples)).length.sum())
+            tokens = int(self._locate(samples)[1].length.sum())
             return StepPlan(sample, sample + self.rows_per_step, list(samples[:, None]), tokens)
         room = self.rows_per_step * self.config.row_tokens
-        count = int(1.2 * room * self.samples_per_epoch / self.tokens_per_epoch) + 16
+        count = int(1.2 * room / self._window_tokens) + 16
         while True:
             samples = np.arange(sample, sample + count, dtype=np.int64)
-            lengths = self._windows.locate(self._window_of(samples)).length
+            lengths = self._locate(samples)[1].length
             if lengths.sum() > room:
                 break
             count *= 2
@@ -156,24 +190,24 @@ class TokenStream:
         segment = np.full(shape, -1, np.int64)
         documents: list[list[str]] = []
         hidden = valid = None
-        if self._hidden is not None:
-            hidden = torch.zeros(*shape, self._hidden.width, dtype=torch.bfloat16)
+        if self._hidden_width is not None:
+            hidden = torch.zeros(*shape, self._hidden_width, dtype=torch.bfloat16)
             valid = torch.zeros(shape, dtype=torch.bool)
         ramp = np.arange(self.config.max_tokens)
-        windows = self._windows.locate(self._window_of(np.concatenate([np.empty(0, np.int64), *chosen])))
-        places = iter(zip(windows.document.tolist(), windows.start.tolist(), windows.length.tolist(), strict=True))
+        numbers, found = self._locate(np.concatenate([np.empty(0, np.int64), *chosen]))
+        windows = zip(*(a.tolist() for a in (numbers, found.document, found.start, found.length)), strict=True)
         for r, samples in enumerate(chosen):
             at = 0
             keys = []
-            for s, (number, start, length) in enumerate(islice(places, len(samples))):
-                shard, document = self._locate(number)
+            for s, (number, *window) in enumerate(islice(windows, len(samples))):
+                source, length = self.sources[number], window[-1]
                 end = at + length
-                tokens[r, at:end] = shard.array(document, start, start + length)
+                key, tokens[r, at:end] = source.read(*window)
+                keys.append(key)
                 segment[r, at:end] = s
                 position[r, at:end] = ramp[:length]
-                keys.append(shard.key(document))
-                if self._hidden is not None and hidden is not None and valid is not None:
-                    states = self._hidden.read(keys[-1], start, start + length)
+                if source.hidden is not None and hidden is not None and valid is not None:
+                    states = source.states(*window)
                     hidden[r, at : at + len(states)] = states
                     valid[r, at : at + len(states)] = True
                 at = end
@@ -193,7 +227,3 @@ class TokenStream:
         """A rank's `count` consecutive batches of `rows` rows of a step."""
         first = rank * count * rows
         return [self.batch(plan, slice(start, start + rows)) for start in range(first, first + count * rows, rows)]
-
-    def _locate(self, document: int) -> tuple[TarIndex, int]:
-        shard = bisect_right(self._first_document, document) - 1
-        return self._shards[shard], document - self._first_document[shard]

@@ -1,9 +1,12 @@
 """A memory-mapped index of webdataset tar shards: a document's tokens are a view into the file, not a copy.
 
 Reading a record through Python's tarfile or webdataset costs about 50 µs, which caps every reader at some 10 M
-tokens/s. The index is built once by walking the tar headers, and kept beside the tar where the folder is writable.
+tokens/s. The index is built once by walking the tar headers, and kept beside the tar where the folder is writable; that
+is also when the tar's checksum is taken, so that opening it again costs nothing.
 """
 
+import fcntl
+import hashlib
 import math
 import mmap
 import os
@@ -11,6 +14,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -19,7 +23,21 @@ import numpy as np
 from megatext.data import DataError
 
 _BLOCK = 512
-_INDEX_VERSION = 1
+_INDEX_VERSION = 2
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process of this machine at a time in a folder; the others wait. Ends with the process that holds it. A
+    folder that cannot be written is not locked."""
+    try:
+        file = open(folder / ".lock", "w")  # noqa: SIM115 (closed below)
+    except OSError:
+        yield
+        return
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def walk(view: memoryview | mmap.mmap, where: str) -> Iterator[tuple[str, int, int]]:
@@ -80,7 +98,8 @@ class TarIndex:
     Arrays are one- or two-dimensional, C-ordered and of one dtype and row shape in the whole tar.
     """
 
-    def __init__(self, path: str | Path, suffix: str = ".tokens.npy"):
+    def __init__(self, path: str | Path, suffix: str = ".tokens.npy", *, sha256: str | None = None):
+        """Raises DataError for a tar that is missing, damaged or, with `sha256` (hex), not the one it should be."""
         self.path = Path(path)
         try:
             with open(self.path, "rb") as file:
@@ -90,11 +109,7 @@ class TarIndex:
             raise DataError(f"{path}: no such shard; was the folder moved or copied in part?") from None
         except ValueError:
             raise DataError(f"{path}: the shard is empty") from None
-        cache = self.path.with_name(f"{self.path.name}{suffix}.index.npz")
-        fields = self._load(cache)
-        if fields is None:
-            fields = self._build(suffix)
-            self._store(cache, fields)
+        fields = self._fields(suffix, sha256)
         self.offsets: np.ndarray = fields["offsets"]
         """int64 `[documents]`: byte offset of each array's data."""
         self.lengths: np.ndarray = fields["lengths"]
@@ -132,7 +147,27 @@ class TarIndex:
         start, size = (int(n) for n in self._json[document])
         return bytes(self._map[start : start + size])
 
-    def _build(self, suffix: str) -> dict[str, np.ndarray]:
+    def _fields(self, suffix: str, sha256: str | None) -> dict[str, np.ndarray]:
+        """The index, from its cache or built; of the ranks of a machine one builds it."""
+        cache = self.path.with_name(f"{self.path.name}{suffix}.index.npz")
+        fields = self._load(cache, sha256)
+        if fields is None:
+            with locked(cache.parent):
+                fields = self._load(cache, sha256)
+                if fields is None:
+                    fields = self._build(suffix, sha256)
+                    self._store(cache, fields)
+                    fields = self._load(cache, sha256) or fields  # a view of the file instead of memory of our own
+        return fields
+
+    def _build(self, suffix: str, sha256: str | None) -> dict[str, np.ndarray]:
+        if sha256 is not None:
+            found = hashlib.sha256(self._map).hexdigest()
+            if found != sha256:
+                raise DataError(
+                    f"{self.path}: its sha256 is {found}, the manifest says {sha256}; the shard was damaged or "
+                    "replaced: copy it again, or write the shards again"
+                )
         arrays: dict[str, tuple[int, int]] = {}
         records: dict[str, tuple[int, int]] = {}
         for name, start, size in walk(self._map, str(self.path)):
@@ -172,15 +207,17 @@ class TarIndex:
             "key_ends": np.cumsum([len(key) for key in encoded], dtype=np.int64),
             "dtype": np.array(dtype),
             "row_shape": np.array(row_shape, np.int64),
+            "sha256": np.array(sha256 or ""),
         }
 
     def _stamp(self) -> np.ndarray:
         return np.array([_INDEX_VERSION, self._status.st_size, self._status.st_mtime_ns], np.int64)
 
-    def _load(self, cache: Path) -> dict[str, np.ndarray] | None:
+    def _load(self, cache: Path, sha256: str | None) -> dict[str, np.ndarray] | None:
         try:
             fields = _map_npz(cache)
-            return fields if np.array_equal(fields.pop("stamp"), self._stamp()) else None
+            known = np.array_equal(fields.pop("stamp"), self._stamp()) and sha256 in (None, str(fields["sha256"]))
+            return fields if known else None
         except Exception:  # a cache that is missing, damaged or of an older version is built anew
             return None
 

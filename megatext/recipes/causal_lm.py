@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatext.config import ConfigError
 from megatext.data.packing import TokenBatch
+from megatext.data.remote import local_folder
 from megatext.data.shards import TOKENIZER_FOLDER, read_manifest
 from megatext.recipes.base import Output, Prepared, Recipe
 from megatext.rng import generator, uniform
@@ -109,8 +110,9 @@ class CausalLMRecipe(Recipe):
     module: CausalLM
 
     def __init__(self, config: PretrainLMConfig) -> None:
-        read_manifest(config.data.shards)  # a clear error where there are no shards
-        self.tokenizer = load_tokenizer(Path(config.data.shards) / TOKENIZER_FOLDER)
+        shards = local_folder(config.data.shards)
+        read_manifest(shards)  # a clear error where there are no shards
+        self.tokenizer = load_tokenizer(shards / TOKENIZER_FOLDER)
         self.tokenizer_fingerprint = self.tokenizer.fingerprint()
         self.config = config
         self.module = make(config, self.tokenizer.vocab_size, self.tokenizer.eos_id, self.tokenizer.pad_id)
@@ -215,4 +217,4 @@ def build(config: PretrainLMConfig) -> CausalLMRecipe:
 
 
 def needed(config: PretrainLMConfig) -> list[str]:
-    return [config.data.shards]
+    return config.data.folders()

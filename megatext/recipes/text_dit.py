@@ -401,7 +401,7 @@ def build(config: PretrainDiTConfig) -> TextDiTRecipe:
 
 
 def needed(config: PretrainDiTConfig) -> list[str]:
-    return [config.data.shards, config.dit.vae, *([config.dit.warm_start] if config.dit.warm_start else [])]
+    return [*config.data.folders(), config.dit.vae, *([config.dit.warm_start] if config.dit.warm_start else [])]
 
 
 def make(config: PretrainDiTConfig, vocab_size: int) -> TextDiTTraining:

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from megatext import rng
 from megatext.config import ConfigError
+from megatext.data.hidden_states import read_states_manifest
 from megatext.data.packing import TokenBatch
+from megatext.data.remote import is_remote, local_folder
 from megatext.data.shards import TOKENIZER_FOLDER, read_manifest
 from megatext.flow import objectives
 from megatext.nn.blocks import initialise
@@ -109,11 +111,11 @@ class TextVAERecipe(Recipe):
 
     def __init__(self, config: PretrainVAEConfig) -> None:
         self.config, self.seed = config.vae, config.seed
-        self.shards = Path(config.data.shards)
+        self.shards = local_folder(config.data.shards)
         read_manifest(self.shards)  # a clear error where there are no shards
         tokenizer = load_tokenizer(self.shards / TOKENIZER_FOLDER)
         self.tokenizer_fingerprint = tokenizer.fingerprint()
-        self.teacher = TeacherStatistics.load(config.data.hidden_states) if config.vae.repa_weight > 0 else None
+        self.teacher = teacher_of(config)
         self.module = make(config, tokenizer.vocab_size)
         initialise(
             self.module, lambda name, p: torch.randn(p.shape, generator=rng.generator(self.seed, f"init/{name}"))
@@ -147,11 +149,7 @@ class TextVAERecipe(Recipe):
         }
         counts = {"reconstruction": layout.real.sum().double(), "kl": layout.real.sum().double()}
         if self.teacher is not None:
-            if batch.hidden is None or batch.hidden_valid is None:
-                raise ConfigError(
-                    "vae.repa_weight > 0 needs data.hidden_states: extract them with "
-                    "`python -m data_tools.extract_hidden_states`, or set vae.repa_weight: 0"
-                )
+            assert batch.hidden is not None and batch.hidden_valid is not None  # there are states, or no teacher
             inputs["teacher"] = self.teacher.standardise(batch.hidden)
             inputs["teacher_mask"] = batch.hidden_valid & layout.real
             counts["repa"] = inputs["teacher_mask"].sum().double()
@@ -202,21 +200,20 @@ class TeacherStatistics:
 
     mean: Tensor
     std: Tensor
+    causal: bool
+    """Whether states depend on nothing that follows."""
 
     @staticmethod
-    def load(directory: str | None) -> "TeacherStatistics":
+    def load(directory: str) -> "TeacherStatistics":
         """Read them from the manifest of a directory of teacher states."""
-        if directory is None:
-            raise ConfigError(
-                "vae.repa_weight > 0 needs data.hidden_states (a directory written by data_tools.extract_hidden_states)"
-            )
-        split = read_manifest(directory, "data_tools.extract_hidden_states")["splits"].get("train")
+        manifest = read_states_manifest(local_folder(directory))
+        split = manifest["splits"].get("train")
         if split is None or "mean" not in split:
             raise ConfigError(
                 f"{directory} has no states of the train split; extract them with "
                 "`python -m data_tools.extract_hidden_states ... --split train`"
             )
-        return TeacherStatistics(torch.tensor(split["mean"]), torch.tensor(split["std"]))
+        return TeacherStatistics(torch.tensor(split["mean"]), torch.tensor(split["std"]), manifest["causal"])
 
     def standardise(self, states: Tensor) -> Tensor:
         """float32, same shape."""
@@ -227,14 +224,34 @@ def build(config: PretrainVAEConfig) -> TextVAERecipe:
     return TextVAERecipe(config)
 
 
+def teacher_of(config: PretrainVAEConfig) -> TeacherStatistics | None:
+    """Of the first source that has teacher states; None where REPA is off. Raises ConfigError where states are missing,
+    or where truncation would make them those of other windows."""
+    if config.vae.repa_weight == 0:
+        return None
+    states = config.data.states()
+    if not states:
+        raise ConfigError(
+            "vae.repa_weight > 0 needs data.hidden_states: extract them with "
+            "`python -m data_tools.extract_hidden_states`, or set vae.repa_weight: 0"
+        )
+    teacher = TeacherStatistics.load(states[0])
+    if config.vae.truncation > 0 and not teacher.causal:
+        raise ConfigError(
+            f"vae.truncation > 0 with {states[0]}: its teacher is not causal, so its states of a cut window are not "
+            "those stored; set vae.truncation: 0"
+        )
+    return teacher
+
+
 def needed(config: PretrainVAEConfig) -> list[str]:
-    states = config.data.hidden_states
-    return [config.data.shards, *([states] if states and config.vae.repa_weight > 0 else [])]
+    states = config.data.states() if config.vae.repa_weight > 0 else []
+    return config.data.folders() + [place for place in states if not is_remote(place)]
 
 
 def make(config: PretrainVAEConfig, vocab_size: int) -> TextVAETraining:
     """The projector has the width of the teacher's states; where they are not there yet, that of Qwen3-1.7B's."""
-    states = config.data.hidden_states
-    known = states is not None and Path(states).is_dir()
-    width = TeacherStatistics.load(states).mean.numel() if known and config.vae.repa_weight > 0 else 2048
+    absent = [place for place in config.data.states() if not is_remote(place) and not Path(place).is_dir()]
+    teacher = None if absent else teacher_of(config)
+    width = teacher.mean.numel() if teacher else 2048
     return TextVAETraining(TextVAE(config.vae.network, vocab_size), config.vae, width)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatext.config import ConfigError, to_dict
 from megatext.data import DataError
+from megatext.data.stream import TokenStream
 from megatext.recipes.base import Recipe
 from megatext.training import checkpoint, partitions
 from megatext.training.ema import EMA
@@ -21,9 +22,10 @@ from megatext.training.run_config import RunConfig
 class RunState:
     """All that changes from step to step. `write` and `read` are collectives."""
 
-    def __init__(self, config: RunConfig, recipe: Recipe, engine: Any, optimizer: MuonAdamW, fingerprint: str) -> None:
-        """`fingerprint` is that of the tokenizer which the shards were made with."""
-        self.config, self.recipe, self.optimizer, self.fingerprint = config, recipe, optimizer, fingerprint
+    def __init__(
+        self, config: RunConfig, recipe: Recipe, engine: Any, optimizer: MuonAdamW, stream: TokenStream
+    ) -> None:
+        self.config, self.recipe, self.optimizer, self.stream = config, recipe, optimizer, stream
         self.partitions = partitions.of_engine(engine)
         optimizer.bind(self.partitions)
         decay = config.training.ema_decay
@@ -58,7 +60,8 @@ class RunState:
             **scalars,
             "config_class": type(self.config).__name__,
             "config": to_dict(self.config),
-            "tokenizer_fingerprint": self.fingerprint,
+            "tokenizer_fingerprint": self.stream.tokenizer_fingerprint,
+            "order_fingerprint": self.stream.order_fingerprint,
             "built_on": dict(self.recipe.built_on),
             "tied": self._tied(),
             "probe_loss": probe_loss,
@@ -116,8 +119,13 @@ class RunState:
                     f"{path}: was written with {key} {theirs!r}, now it is {mine!r}; a run cannot change it"
                 )
         check_built_on(path, saved.get("built_on", {}), self.recipe.built_on)
-        if saved["tokenizer_fingerprint"] != self.fingerprint:
+        if saved["tokenizer_fingerprint"] != self.stream.tokenizer_fingerprint:
             raise DataError(f"{self.config.data.shards}: these shards have another tokenizer than those of {path}")
+        if saved["order_fingerprint"] != self.stream.order_fingerprint:
+            raise DataError(
+                f"{path}: was trained on other shards, weights or windows (data.max_tokens) than these, so documents "
+                "would be read twice or never; continue with the same, or start another run_dir"
+            )
 
     def _buffers(self) -> dict[str, Tensor]:
         persistent = self.recipe.module.state_dict().keys()

@@ -91,7 +91,7 @@ class Trainer:
         self._compile_module(settings["zero_optimization"].get("stage", 0))
         self.engine = build_engine(recipe.module, self.optimizer, settings)
         recipe.to(processes.device)
-        self.state = RunState(config, recipe, self.engine, self.optimizer, self.stream.tokenizer_fingerprint)
+        self.state = RunState(config, recipe, self.engine, self.optimizer, self.stream)
         self.guard = StepGuard(config.training.skipped_steps_limit, self.logger.say, self.state)
         probe = self.stream.batch(self.stream.plan(0), slice(0, 1))
         self.validation = Validation(recipe, self.engine, self.state.ema, processes, held_out=held_out, probe=probe)
@@ -215,7 +215,7 @@ class Trainer:
             "skipped_steps": state.skipped_steps,
             "tokens": state.tokens,
             "samples": state.sample,
-            "epoch": state.sample / self.stream.samples_per_epoch,
+            "epoch": max(self.stream.epochs(state.sample)),
         }
         peak = peak_tflops(self.processes.device)
         if peak is not None:

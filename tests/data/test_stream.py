@@ -46,15 +46,15 @@ def test_every_window_once_an_epoch(corpus: tuple[Path, list[np.ndarray]]) -> No
         for d, tokens in enumerate(documents)
         for a in range(0, len(tokens), 48)
     )
-    assert stream.samples_per_epoch == len(expected)
+    assert stream.sources[0].windows == len(expected)
     assert stream.tokens_per_epoch == sum(LENGTHS)
     found, sample = [], 0
-    while sample < stream.samples_per_epoch:
+    while sample < stream.sources[0].windows:
         plan = stream.plan(sample)
         assert plan.first_sample == sample < plan.next_sample
         assert sorted(np.concatenate(plan.rows)) == list(range(sample, plan.next_sample))
         pairs = zip(np.concatenate(plan.rows), segments(stream.batch(plan, slice(None))), strict=True)
-        found += [segment for index, segment in pairs if index < stream.samples_per_epoch]
+        found += [segment for index, segment in pairs if index < stream.sources[0].windows]
         sample = plan.next_sample
     assert sorted(found) == expected
 
@@ -89,17 +89,43 @@ def test_rows_do_not_depend_on_who_reads_them(
         assert torch.equal(getattr(whole, name)[rows], getattr(part, name))
 
 
+@given(data=st.data())
+def test_ranks_together_read_the_order_each_sample_once_however_often_they_change(
+    corpus: tuple[Path, list[np.ndarray]], data: st.DataObject
+) -> None:
+    """Steps in phases of other worlds and micro-batches; before each, the run is resumed from one integer."""
+    packed, rows = data.draw(st.booleans()), 12
+    sample, read = 0, list[tuple[str, tuple[int, ...]]]()
+    for _ in range(data.draw(st.integers(1, 4))):
+        world = data.draw(st.sampled_from([1, 2, 3, 4, 6, 12]))
+        micro = data.draw(st.sampled_from([m for m in (1, 2, 3, 4, 6, 12) if rows // world % m == 0]))
+        ranks = [make(corpus[0], rows=rows, packed=packed) for _ in range(world)]
+        for _ in range(data.draw(st.integers(1, 3))):
+            plans = [stream.plan(sample) for stream in ranks]
+            assert len({plan.next_sample for plan in plans}) == 1
+            count = rows // world // micro
+            parts = [s.micro_batches(plans[rank], rank, count, micro) for rank, s in enumerate(ranks)]
+            assert all([len(batch.tokens) for batch in part] == [micro] * count for part in parts), "equal steps"
+            read += [segment for part in parts for batch in part for segment in segments(batch)]
+            sample = plans[0].next_sample
+    one = make(corpus[0], rows=rows, packed=packed)
+    _, windows = one._locate(np.arange(sample))
+    places = zip(windows.document.tolist(), windows.start.tolist(), windows.length.tolist(), strict=True)
+    prefix = [(f"train-doc-{d}", tuple(corpus[1][d][a : a + n].tolist())) for d, a, n in places]
+    assert sorted(read) == sorted(prefix)
+
+
 def test_seeds_and_epochs_differ(corpus: tuple[Path, list[np.ndarray]]) -> None:
     stream = make(corpus[0])
     here = segments(stream.batch(stream.plan(0), slice(None)))
     assert here == segments(make(corpus[0]).batch(stream.plan(0), slice(None)))
-    for other, sample in ((make(corpus[0], seed=1), 0), (stream, stream.samples_per_epoch)):
+    for other, sample in ((make(corpus[0], seed=1), 0), (stream, stream.sources[0].windows)):
         assert here != segments(other.batch(other.plan(sample), slice(None)))
 
 
 def test_one_window_a_row(corpus: tuple[Path, list[np.ndarray]]) -> None:
     stream = make(corpus[0], packed=False)
-    plan = stream.plan(stream.samples_per_epoch - 2)  # reaches into the next epoch
+    plan = stream.plan(stream.sources[0].windows - 2)  # reaches into the next epoch
     assert plan.next_sample - plan.first_sample == 4
     batch = stream.batch(plan, [0, 1, 2, 3])
     assert batch.segment.max() == 0
@@ -114,7 +140,7 @@ def test_documents_end_with_eos(corpus: tuple[Path, list[np.ndarray]]) -> None:
 
 
 def test_too_small_a_corpus_says_what_to_do(corpus: tuple[Path, list[np.ndarray]]) -> None:
-    windows = make(corpus[0]).samples_per_epoch
+    windows = make(corpus[0]).sources[0].windows
     with pytest.raises(DataError, match=rf"holds {windows} windows.*1000 rows of 64 tokens.*fewer rows per step"):
         make(corpus[0], rows=1000)
     with pytest.raises(DataError, match=rf"holds {windows} windows.*500 rows with a window each"):
@@ -135,7 +161,7 @@ def test_missing_and_foreign_shards(tmp_path: Path) -> None:
         make(tmp_path)
     write_corpus(tmp_path, LENGTHS)
     (tmp_path / "train-000001.tar").write_bytes((tmp_path / "train-000002.tar").read_bytes())
-    with pytest.raises(DataError, match=r"train-000001.tar: holds 7 documents.*the manifest says"):
+    with pytest.raises(DataError, match=r"train-000001.tar: its sha256 is .* the manifest says"):
         make(tmp_path)
     (tmp_path / "train-000001.tar").unlink()
     with pytest.raises(DataError, match="train-000001.tar: no such shard"):

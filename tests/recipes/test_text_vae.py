@@ -72,7 +72,7 @@ def test_truncation_shortens_segments_from_the_right_in_training_only() -> None:
 
 
 def test_repa_is_the_cosine_to_standardised_states() -> None:
-    statistics = TeacherStatistics(torch.randn(8), torch.rand(8) + 0.5)
+    statistics = TeacherStatistics(torch.randn(8), torch.rand(8) + 0.5, causal=True)
     recipe = make_recipe(TextVAERecipeConfig(network=NETWORK, repa_weight=1.0), statistics)
     batch = make_batch()
     with pytest.raises(ConfigError, match="extract_hidden_states"):
