@@ -117,6 +117,7 @@ def _start_worker_process(tokenizer: str, filters: Filters) -> None:
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: do not outlive a killed parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is the parent's to answer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are as many workers as cores already
     _start_worker(tokenizer, filters)
 
 

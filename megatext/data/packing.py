@@ -1,6 +1,7 @@
 """Windows into rows of a fixed number of tokens, and the batch that every recipe receives."""
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +23,7 @@ class TokenBatch:
     row_index: Tensor
     """int64 `[rows]`: the global index of the row's first sample. Key of all randomness of the row: it depends
     neither on the number of ranks nor on the micro-batch size, and no two rows of a run share it."""
-    documents: list[list[str]]
+    documents: Sequence[list[str]]
     """The keys of each row's documents, for error messages."""
     hidden: Tensor | None = None
     """Teacher states `[rows, row_tokens, width]`, bfloat16, zero where not valid; None without teacher shards."""
@@ -42,17 +43,24 @@ def best_fit_decreasing(lengths: np.ndarray, rows: int, row_tokens: int) -> np.n
 
     Longest first, each window goes to the fullest row that still has room for it. Ties go to the earlier window.
     """
+    order = np.argsort(-lengths, kind="stable")
+    whole = int(np.searchsorted(-lengths[order], -row_tokens, side="right"))  # these fill a row each
+    if whole > rows:
+        return None
     placed = np.empty(len(lengths), np.int64)
-    free = [(row_tokens, row) for row in range(rows)]  # ascending by (free tokens, row)
-    for window in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[window])
-        slot = bisect_left(free, (length, -1))
+    placed[order[:whole]] = np.arange(whole)
+    # free tokens * rows + row, ascending: one number instead of a pair
+    free = [row_tokens * rows + row for row in range(whole, rows)]
+    found = []
+    for needed in (lengths[order[whole:]] * rows).tolist():
+        slot = bisect_left(free, needed)
         if slot == len(free):
             return None
-        room, row = free.pop(slot)
-        placed[window] = row
-        if room > length:
-            insort(free, (room - length, row))
+        room = free.pop(slot)
+        found.append(room % rows)
+        if room - needed >= rows:
+            insort(free, room - needed)
+    placed[order[whole:]] = found
     return placed
 
 

@@ -1,7 +1,5 @@
 """One shard directory as an endless sequence of windows, every window once an epoch."""
 
-from bisect import bisect_right
-
 import numpy as np
 from torch import Tensor
 
@@ -32,7 +30,7 @@ class WindowSource:
         self.tokenizer_fingerprint: str = manifest["tokenizer"]["fingerprint"]
         self._shards = [TarIndex(folder / entry["file"], sha256=entry["sha256"]) for entry in entries]
         lengths = [shard.lengths for shard in self._shards]
-        self._first_document = np.cumsum([0] + [len(part) for part in lengths]).tolist()
+        self._first_document = np.cumsum([0] + [len(part) for part in lengths])
         self._windows = WindowIndex(lengths, max_tokens)
         self.windows = len(self._windows)
         """Windows an epoch."""
@@ -61,10 +59,24 @@ class WindowSource:
             numbers[chosen] = self._permutations[epoch](positions[chosen] % self.windows)
         return self._windows.locate(numbers)
 
-    def read(self, document: int, start: int, length: int) -> tuple[str, np.ndarray]:
-        """The document's key, and a window of its tokens as a view of the shard."""
+    def elements(self, windows: Windows) -> tuple[np.ndarray, np.ndarray]:
+        """(shard, first element) of each window, int64: where its tokens lie in `files()[shard]`."""
+        shard = np.searchsorted(self._first_document, windows.document, side="right") - 1
+        element = windows.start.copy()
+        for number in np.unique(shard).tolist():
+            chosen, index = shard == number, self._shards[number]
+            documents = windows.document[chosen] - self._first_document[number]
+            element[chosen] += index.offsets[documents] // index.dtype.itemsize
+        return shard, element
+
+    def files(self) -> list[np.ndarray]:
+        """Every shard's file as token ids, headers and all."""
+        return [shard.flat for shard in self._shards]
+
+    def key(self, document: int) -> str:
+        """A document's key."""
         shard, number = self._place(document)
-        return self._shards[shard].key(number), self._shards[shard].array(number, start, start + length)
+        return self._shards[shard].key(number)
 
     def states(self, document: int, start: int, length: int) -> Tensor:
         """Teacher states of a window, bfloat16 `[n, width]`: n < length, or 0, where fewer were extracted."""
@@ -73,5 +85,5 @@ class WindowSource:
         return self.hidden.read(self._shards[shard].path.name, number, start, start + length)
 
     def _place(self, document: int) -> tuple[int, int]:
-        shard = bisect_right(self._first_document, document) - 1
-        return shard, document - self._first_document[shard]
+        shard = int(np.searchsorted(self._first_document, document, side="right")) - 1
+        return shard, document - int(self._first_document[shard])

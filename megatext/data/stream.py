@@ -8,8 +8,10 @@ plan and reads its own rows.
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,9 @@ from megatext.data.mixture import Mixture, counts_of
 from megatext.data.packing import TokenBatch, pack_prefix
 from megatext.data.remote import is_remote
 from megatext.data.source import WindowSource
-from megatext.data.windows import Windows
+
+_CHUNK = 4096
+"""Samples that are looked up at once."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,30 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class Located:
+    """Where the tokens of consecutive global samples lie; int64 `[samples]` each."""
+
+    source: np.ndarray
+    document: np.ndarray
+    """Number in its source."""
+    start: np.ndarray
+    """First token within the document."""
+    length: np.ndarray
+    shard: np.ndarray
+    """Number in its source."""
+    element: np.ndarray
+    """First token within the shard's file."""
+
+    def __getitem__(self, chosen: slice | np.ndarray) -> "Located":
+        return Located(*(column[chosen] for column in vars(self).values()))
+
+    @staticmethod
+    def concatenate(parts: list["Located"]) -> "Located":
+        """One after another."""
+        return Located(*(np.concatenate(columns) for columns in zip(*(vars(p).values() for p in parts), strict=True)))
+
+
+@dataclass(frozen=True)
 class StepPlan:
     """One global step: the samples [first_sample, next_sample), and which row each goes to."""
 
@@ -92,8 +120,30 @@ class StepPlan:
     """Where the next step begins: the only state of the stream."""
     rows: list[np.ndarray]
     """For each row of the step the int64 global indices of its samples, ascending. May be empty for a last row."""
-    tokens: int
-    """Real tokens in all rows, padding not counted."""
+    windows: Located
+    """Of the step's samples, in their order."""
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens in all rows, padding not counted."""
+        return int(self.windows.length.sum())
+
+
+class DocumentKeys(Sequence[list[str]]):
+    """The keys of each row's documents, looked up when they are asked for: only error messages ask."""
+
+    def __init__(self, sources: list[WindowSource], windows: Located, per_row: np.ndarray) -> None:
+        self._sources, self._windows, self._ends = sources, windows, np.cumsum(per_row)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, row: Any) -> Any:
+        if row >= len(self):
+            raise IndexError(row)
+        found = self._windows[int(self._ends[row - 1]) if row else 0 : int(self._ends[row])]
+        pairs = zip(found.source.tolist(), found.document.tolist(), strict=True)
+        return [self._sources[source].key(document) for source, document in pairs]
 
 
 class TokenStream:
@@ -123,6 +173,12 @@ class TokenStream:
         window_tokens = np.array([source.tokens / source.windows for source in self.sources])
         counts = counts_of([s.weight for s in config.sources] / window_tokens)
         self._mixture = Mixture(counts, seed)
+        self._chunks: dict[int, Located] = {}
+        # all files of all sources, and one of padding
+        of_sources = [source.files() for source in self.sources]
+        self._first_file = np.cumsum([0] + [len(files) for files in of_sources])
+        self._zeros, self._ramp = np.zeros(config.row_tokens, np.int64), np.arange(config.row_tokens)
+        self._files = [file for files in of_sources for file in files] + [self._zeros.astype(of_sources[0][0].dtype)]
         self._window_tokens = float(np.average(window_tokens, weights=counts))
         content = [seed, config.max_tokens, *counts, *(source.content for source in self.sources)]
         self.order_fingerprint = hashlib.sha256(str(content).encode()).hexdigest()
@@ -151,77 +207,100 @@ class TokenStream:
                     "split, or fewer rows per step"
                 )
 
-    def _locate(self, samples: np.ndarray) -> tuple[np.ndarray, Windows]:
-        """(source int64, window) of each of the global samples (int64, any epochs)."""
-        chosen, positions = self._mixture.locate(samples)
-        if len(self.sources) == 1:
-            return chosen, self.sources[0].locate(positions)
-        columns = np.empty((3, len(samples)), np.int64)
-        for number, source in enumerate(self.sources):
-            own = np.flatnonzero(chosen == number)
-            found = source.locate(positions[own])
-            columns[:, own] = found.document, found.start, found.length
-        return chosen, Windows(*columns)
+    def locate(self, first: int, stop: int) -> Located:
+        """The windows of the global samples [first, stop), of any epochs."""
+        chunks = range(first // _CHUNK, -(-stop // _CHUNK))
+        whole = Located.concatenate([self._chunk(number) for number in chunks])
+        return whole[first - chunks.start * _CHUNK : stop - chunks.start * _CHUNK]
+
+    def _chunk(self, number: int) -> Located:
+        """The windows of _CHUNK samples, kept for the next steps: numpy's cost is a call's more than an element's."""
+        if number not in self._chunks:
+            if len(self._chunks) > 8:
+                self._chunks.clear()
+            samples = np.arange(number * _CHUNK, (number + 1) * _CHUNK)
+            chosen, positions = self._mixture.locate(samples)
+            table = np.empty((5, _CHUNK), np.int64)
+            for which, source in enumerate(self.sources):
+                own = np.flatnonzero(chosen == which)
+                windows = source.locate(positions[own])
+                table[:, own] = windows.document, windows.start, windows.length, *source.elements(windows)
+            self._chunks[number] = Located(chosen, *table)
+        return self._chunks[number]
 
     def plan(self, sample: int) -> StepPlan:
         """The step that begins at global sample `sample`."""
         if not self.config.packed:
             samples = np.arange(sample, sample + self.rows_per_step, dtype=np.int64)
-            tokens = int(self._locate(samples)[1].length.sum())
-            return StepPlan(sample, sample + self.rows_per_step, list(samples[:, None]), tokens)
+            stop = sample + self.rows_per_step
+            return StepPlan(sample, stop, list(samples[:, None]), self.locate(sample, stop))
         room = self.rows_per_step * self.config.row_tokens
         count = int(1.2 * room / self._window_tokens) + 16
-        while True:
-            samples = np.arange(sample, sample + count, dtype=np.int64)
-            lengths = self._locate(samples)[1].length
-            if lengths.sum() > room:
-                break
+        while (windows := self.locate(sample, sample + count)).length.sum() <= room:
             count *= 2
-        count, row = pack_prefix(lengths, self.rows_per_step, self.config.row_tokens)
+        count, row = pack_prefix(windows.length, self.rows_per_step, self.config.row_tokens)
         order = np.argsort(row, kind="stable")
-        rows = np.split(sample + order, np.searchsorted(row[order], np.arange(1, self.rows_per_step)))
-        return StepPlan(sample, sample + count, rows, int(lengths[:count].sum()))
+        cuts = np.searchsorted(row[order], np.arange(self.rows_per_step + 1)).tolist()
+        samples = sample + order
+        rows = [samples[start:stop] for start, stop in pairwise(cuts)]
+        return StepPlan(sample, sample + count, rows, windows[:count])
 
     def batch(self, plan: StepPlan, rows: slice | list[int]) -> TokenBatch:
         """The chosen rows of a step. Reads only their documents."""
         chosen = plan.rows[rows] if isinstance(rows, slice) else [plan.rows[r] for r in rows]
+        per_row = np.array([len(samples) for samples in chosen], np.int64)
+        windows = plan.windows[np.concatenate([np.empty(0, np.int64), *chosen]) - plan.first_sample]
         shape = (len(chosen), self.config.row_tokens)
-        tokens, position = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        segment = np.full(shape, -1, np.int64)
-        documents: list[list[str]] = []
-        hidden = valid = None
-        if self._hidden_width is not None:
-            hidden = torch.zeros(*shape, self._hidden_width, dtype=torch.bfloat16)
-            valid = torch.zeros(shape, dtype=torch.bool)
-        ramp = np.arange(self.config.max_tokens)
-        numbers, found = self._locate(np.concatenate([np.empty(0, np.int64), *chosen]))
-        windows = zip(*(a.tolist() for a in (numbers, found.document, found.start, found.length)), strict=True)
-        for r, samples in enumerate(chosen):
-            at = 0
-            keys = []
-            for s, (number, *window) in enumerate(islice(windows, len(samples))):
-                source, length = self.sources[number], window[-1]
-                end = at + length
-                key, tokens[r, at:end] = source.read(*window)
-                keys.append(key)
-                segment[r, at:end] = s
-                position[r, at:end] = ramp[:length]
-                if source.hidden is not None and hidden is not None and valid is not None:
-                    states = source.states(*window)
-                    hidden[r, at : at + len(states)] = states
-                    valid[r, at : at + len(states)] = True
-                at = end
-            documents.append(keys)
-        first = [int(samples[0]) if len(samples) else -1 for samples in chosen]
+        size, file, element, ordinal, begin = self._pieces(windows, per_row)
+        files, sizes = self._files, size.tolist()
+        slices = zip(file.tolist(), element.tolist(), sizes, strict=True)
+        tokens = np.concatenate([files[f][first : first + n] for f, first, n in slices], dtype=np.int64)
+        runs = zip(file.tolist(), sizes, strict=True)
+        position = np.concatenate([(self._zeros if f == len(files) - 1 else self._ramp)[:n] for f, n in runs])
+        segment = np.repeat(ordinal, size)
+        hidden, valid = self._states(windows, begin[ordinal >= 0], shape)
         return TokenBatch(
-            torch.from_numpy(tokens),
-            torch.from_numpy(segment),
-            torch.from_numpy(position),
-            torch.tensor(first, dtype=torch.int64),
-            documents,
+            torch.from_numpy(tokens.reshape(shape)),
+            torch.from_numpy(segment.reshape(shape)),
+            torch.from_numpy(position.reshape(shape)),
+            torch.tensor([int(samples[0]) if len(samples) else -1 for samples in chosen], dtype=torch.int64),
+            DocumentKeys(self.sources, windows, per_row),
             hidden,
             valid,
         )
+
+    def _pieces(self, windows: Located, per_row: np.ndarray) -> np.ndarray:
+        """The rows of a batch as pieces one after another: `per_row[r]` windows and a piece of padding for row r. int64
+        `[5, pieces]`: size, number of the file, first element in it, number in its row (-1 for padding), and where it
+        begins in all rows laid end to end."""
+        rows, count = len(per_row), len(windows.length)
+        row = np.repeat(np.arange(rows), per_row)
+        window, padding = np.arange(count) + row, np.cumsum(per_row) + np.arange(rows)
+        table = np.empty((5, count + rows), np.int64)
+        number = np.arange(count) - (np.cumsum(per_row) - per_row)[row]
+        table[:4, window] = windows.length, self._first_file[windows.source] + windows.shard, windows.element, number
+        used = np.bincount(row, windows.length, rows).astype(np.int64)
+        table[0, padding] = self.config.row_tokens - used
+        table[1:4, padding] = np.array([[len(self._files) - 1], [0], [-1]])
+        table[4] = np.cumsum(table[0]) - table[0]
+        return table
+
+    def _states(
+        self, windows: Located, begin: np.ndarray, shape: tuple[int, int]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Teacher states of a batch's windows and where they are valid; None without any source that has some."""
+        if self._hidden_width is None:
+            return None, None
+        hidden = torch.zeros(shape[0] * shape[1], self._hidden_width, dtype=torch.bfloat16)
+        valid = torch.zeros(shape[0] * shape[1], dtype=torch.bool)
+        columns = (windows.source, windows.document, windows.start, windows.length, begin)
+        for number, document, start, length, at in zip(*(column.tolist() for column in columns), strict=True):
+            source = self.sources[number]
+            if source.hidden is not None:
+                states = source.states(document, start, length)
+                hidden[at : at + len(states)] = states
+                valid[at : at + len(states)] = True
+        return hidden.view(*shape, -1), valid.view(shape)
 
     def micro_batches(self, plan: StepPlan, rank: int, count: int, rows: int) -> list[TokenBatch]:
         """A rank's `count` consecutive batches of `rows` rows of a step."""

@@ -120,6 +120,8 @@ class TarIndex:
         self.dtype = np.dtype(str(fields["dtype"]))
         self.row_shape: tuple[int, ...] = tuple(int(n) for n in fields["row_shape"])
         self._width = math.prod(self.row_shape)
+        self.flat: np.ndarray = np.frombuffer(self._map, self.dtype, len(self._map) // self.dtype.itemsize)
+        """The whole file as elements: a document's array begins at element `offset // itemsize`."""
 
     def __len__(self) -> int:
         return len(self.offsets)

@@ -109,7 +109,7 @@ def test_ranks_together_read_the_order_each_sample_once_however_often_they_chang
             read += [segment for part in parts for batch in part for segment in segments(batch)]
             sample = plans[0].next_sample
     one = make(corpus[0], rows=rows, packed=packed)
-    _, windows = one._locate(np.arange(sample))
+    windows = one.locate(0, sample)
     places = zip(windows.document.tolist(), windows.start.tolist(), windows.length.tolist(), strict=True)
     prefix = [(f"train-doc-{d}", tuple(corpus[1][d][a : a + n].tolist())) for d, a, n in places]
     assert sorted(read) == sorted(prefix)

@@ -7,12 +7,19 @@ import pytest
 import torch
 
 from megatext import rng
-from megatext.config import ConfigError
+from megatext.config import ConfigError, from_dict
 from megatext.nn.blocks import TrunkConfig, initialise
 from megatext.nn.layout import Layout
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
 from megatext.recipes.pretrained import load_text_vae, read_description, write_model
-from megatext.recipes.text_vae import TeacherStatistics, TextVAERecipe, TextVAERecipeConfig, TextVAETraining
+from megatext.recipes.text_vae import (
+    PretrainVAEConfig,
+    TeacherStatistics,
+    TextVAERecipe,
+    TextVAERecipeConfig,
+    TextVAETraining,
+    teacher_of,
+)
 from megatext.tokenizer import load_tokenizer
 from tests.recipes.rows import make_batch
 
@@ -75,8 +82,9 @@ def test_repa_is_the_cosine_to_standardised_states() -> None:
     statistics = TeacherStatistics(torch.randn(8), torch.rand(8) + 0.5, causal=True)
     recipe = make_recipe(TextVAERecipeConfig(network=NETWORK, repa_weight=1.0), statistics)
     batch = make_batch()
+    run = {"run_dir": "x", "max_steps": 1, "data": {"shards": "x"}, "vae": {"repa_weight": 1.0}}
     with pytest.raises(ConfigError, match="extract_hidden_states"):
-        recipe.prepare(batch, step=0)
+        teacher_of(from_dict(PretrainVAEConfig, run, "x.yaml"))
     valid = batch.segment == 0
     batch = replace(batch, hidden=torch.randn(*batch.tokens.shape, 8).bfloat16(), hidden_valid=valid)
     prepared = recipe.prepare(batch, step=0)
