@@ -116,7 +116,7 @@ def test_splits_filters_and_manifest(tokenizer: str, tmp_path: Path) -> None:
             record = json.loads(index.json(0))
             assert record["split"] == name
             assert record["n_tokens"] == index.lengths[0]
-    inspect_shards.main([str(tmp_path / "out"), "--verify", "--show", "1"])
+    inspect_shards.main([str(tmp_path / "out"), "--verify"])
 
 
 def test_a_text_never_changes_its_split(tokenizer: str, tmp_path: Path) -> None:
@@ -353,8 +353,33 @@ def test_openwebtext2_layout(shared_data: Path, tokenizer: str, tmp_path: Path) 
     assert [s["tokens"] for s in one["splits"].values()] == [s["tokens"] for s in two["splits"].values()]
 
 
+def test_openwebtext2_with_qwen3_as_webdataset_reads_it(shared_data: Path, tmp_path: Path) -> None:
+    import webdataset
+
+    archive, qwen3 = (
+        shared_data / "web" / "owt2_layout" / "openwebtext2.jsonl.zst.tar",
+        shared_data / "tokenizers" / "qwen3",
+    )
+    manifest = shard.shard(
+        [str(archive)], str(qwen3), tmp_path / "out", limit=30, validation_fraction=0, test_fraction=0
+    )
+    assert (manifest["tokenizer"]["eos_id"], manifest["tokenizer"]["vocab_size"]) == (151_643, 151_669)
+    chunks = sources.read([str(archive)])
+    originals = {d.key: d.text for chunk in chunks for d in sources.decode(chunk)[0]}
+    tokenizer = load_tokenizer(qwen3)
+    samples = list(webdataset.WebDataset(str(tmp_path / "out" / "train-000000.tar"), shardshuffle=False).decode())
+    assert len(samples) == 30
+    for sample in samples:
+        tokens = sample["tokens.npy"]
+        assert tokens.dtype == "uint32" and tokens[-1] == 151_643 and 151_643 not in tokens[:-1]
+        assert tokenizer.decode(tokens.tolist()) == originals[sample["__key__"]]
+        assert sample["json"]["n_tokens"] == len(tokens)
+
+
 def test_lm_dataformat_archive(shared_data: Path) -> None:
     path = shared_data / "web" / "lm_dataformat_test" / "blns.jsonl.zst.tar"
     documents = [d for chunk in sources.read([str(path)]) for d in sources.decode(chunk)[0]]
-    assert len(documents) > 0
     assert len({d.key for d in documents}) == len(documents)
+    naughty = path.with_name("blns.txt").read_text().strip()
+    written = [naughty, "testing 123\n\ntesting 345", naughty, "testing 123456789"]  # as lm_dataformat's own test
+    assert [d.text for d in documents] == written * 2
