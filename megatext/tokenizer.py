@@ -100,12 +100,18 @@ class HuggingFaceTokenizer(Tokenizer):
         if eos is None:
             raise ValueError(f"tokenizer {name}: no end-of-text token; set `eos_token` in tokenizer_config.json")
         self.eos_id = int(eos)
+        self._backend: Any = getattr(self._tokenizer, "backend_tokenizer", None)  # the Rust one, where there is one
+        if self._backend is not None:  # some tokenizer.json ask for them
+            self._backend.no_truncation()
+            self._backend.no_padding()
         pad = self._tokenizer.pad_token_id
         self.pad_id = self.eos_id if pad is None else int(pad)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
+        if self._backend is not None:  # without the offsets and lists that transformers makes of them
+            return [found.ids for found in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
         encoded: list[list[int]] = self._tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, verbose=False
         )["input_ids"]
@@ -118,9 +124,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def fingerprint(self) -> str:
         content: dict[str, Any] = {"vocabulary": sorted(self._tokenizer.get_vocab().items())}
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        if backend is not None:
-            merges = json.loads(backend.to_str())["model"].get("merges") or []
+        if self._backend is not None:
+            merges = json.loads(self._backend.to_str())["model"].get("merges") or []
             content["merges"] = [m if isinstance(m, str) else " ".join(m) for m in merges]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -88,10 +88,22 @@ def _member(name: str, data: bytes) -> bytes:
     return _header(name, len(data)) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
 
 
+_PLAIN_HEADER = tarfile.TarInfo("").tobuf(tarfile.PAX_FORMAT)
+
+
 def _header(name: str, size: int) -> bytes:
-    info = tarfile.TarInfo(name)
-    info.size = size
-    return info.tobuf(tarfile.PAX_FORMAT)
+    """What tarfile writes for a file, without its 50 µs, which are a sixtieth of a document's tokenization."""
+    field = name.encode()
+    if len(field) > 100 or not name.isascii() or size >= 8**11:
+        info = tarfile.TarInfo(name)
+        info.size = size
+        return info.tobuf(tarfile.PAX_FORMAT)
+    header = bytearray(_PLAIN_HEADER)
+    header[: len(field)] = field
+    header[124:135] = b"%011o" % size
+    header[148:156] = b" " * 8  # the checksum counts itself as spaces
+    header[148:155] = b"%06o\0" % sum(header)
+    return bytes(header)
 
 
 class ShardWriter:
