@@ -22,8 +22,8 @@ from typing import IO, Any, BinaryIO, Literal
 from data_tools import pydocs
 from megatext.data import DataError
 
-DOCUMENTS_PER_CHUNK = 512
-BYTES_PER_CHUNK = 4 << 20
+DOCUMENTS_PER_CHUNK = 256
+BYTES_PER_CHUNK = 1 << 20
 """A chunk ends at whichever comes first: books would fill the memory of all workers."""
 SEPARATOR = "<|endoftext|>"
 """Ends a document in .txt files, as in TinyStories' own; a file without one is one document."""

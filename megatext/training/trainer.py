@@ -340,3 +340,8 @@ class Trainer:
             f"{self.accumulation} micro-batches x {config.training.micro_batch_rows} rows | {config.max_steps} steps, "
             f"{tokens * config.max_steps / 1e6:.1f}M tokens, {self.stream.tokens_per_epoch / 1e6:.1f}M an epoch"
         )
+        sources = self.stream.sources
+        if len(sources) > 1:
+            samples = config.max_steps * self.stream.plan(0).next_sample
+            for source, epochs in zip(sources, self.stream.epochs(samples), strict=True):
+                say(f"{source.name}: {source.tokens / 1e6:.1f}M tokens, read about {epochs:.2f} times")

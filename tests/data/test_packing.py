@@ -50,6 +50,22 @@ def test_packed_rows_hold_what_fits(lengths: list[int], rows: int) -> None:
         assert best_fit_decreasing(np.array(lengths[: count + 1]), rows, 32) is None
 
 
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=40), rows=st.integers(1, 9))
+def test_best_fit_is_what_its_words_say(lengths: list[int], rows: int) -> None:
+    room: dict[int, int] = dict.fromkeys(range(rows), 12)
+    expected: list[int] | None = [-1] * len(lengths)
+    for window in sorted(range(len(lengths)), key=lambda w: (-lengths[w], w)):
+        fitting = [row for row in room if room[row] >= lengths[window]]
+        if not fitting:
+            expected = None
+            break
+        assert expected is not None
+        expected[window] = min(fitting, key=lambda row: (room[row], row))
+        room[expected[window]] -= lengths[window]
+    found = best_fit_decreasing(np.array(lengths), rows, 12)
+    assert (None if found is None else found.tolist()) == expected
+
+
 def test_best_fit_takes_the_fullest_row_with_room() -> None:
     assert best_fit_decreasing(np.array([3, 6, 4, 7]), 2, 10).tolist() == [0, 1, 1, 0]  # type: ignore[union-attr]
     assert best_fit_decreasing(np.array([6, 6, 6]), 2, 10) is None

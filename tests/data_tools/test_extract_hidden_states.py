@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from data_tools import extract_hidden_states
-from data_tools.extract_hidden_states import Extraction, estimate, extract, plan
+from data_tools.extract_hidden_states import estimate, extract
+from data_tools.pieces import Extraction, plan
 from data_tools.shard import shard
 from data_tools.train_tokenizer import train
 from megatext.config import ConfigError, from_dict
@@ -213,6 +214,44 @@ def test_ranks_and_interruptions_leave_the_same_bytes(model: Path, tmp_path: Pat
     assert re.search(r"train: 4 documents computed again: cosine 0\.9999\d\d on average", done.stdout)
 
 
+@pytest.mark.slow
+def test_memory_does_not_grow_with_a_document(tmp_path: Path) -> None:
+    """A book of 160,000 tokens has 330 MB of states in fp32; extraction holds a few groups of windows of them."""
+    import transformers
+
+    shape = {"hidden_size": 512, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"vocab_size": 330, "num_attention_heads": 1, "num_key_value_heads": 1}
+    transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shape, **heads)).save_pretrained(tmp_path / "model")
+    train(TEXTS, 305).save(tmp_path / "model")
+    peaks = []
+    for words in (10_000, 160_000):
+        text = " ".join(TEXTS[i % 240].split()[0] for i in range(words // 2))
+        (tmp_path / f"{words}.txt").write_text(text)
+        shards = tmp_path / f"shards-{words}"
+        shard([str(tmp_path / f"{words}.txt")], str(tmp_path / "model"), shards, validation_fraction=0, test_fraction=0)
+        program = (
+            "import resource, sys\nfrom data_tools.extract_hidden_states import main\nmain(sys.argv[1:])\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        )
+        arguments = [
+            "--shards",
+            str(shards),
+            "--model",
+            str(tmp_path / "model"),
+            "--output",
+            str(tmp_path / f"s{words}"),
+        ]
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments, "--max-tokens", "256", "--batch-tokens", "1024"],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert read_manifest(shards)["splits"]["train"]["documents"] == 1
+        peaks.append(int(done.stdout.split()[-1]))
+    states = read_states_manifest(tmp_path / "s160000")["splits"]["train"]["tokens"] * 512 * 4
+    assert states > 250e6
+    assert peaks[1] - peaks[0] < 0.25 * states
+
+
 def test_subset_int8_and_another_limit(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = options(model, tmp_path, limit_tokens=300, storage="int8", piece_tokens=100)
     assert sum(piece.tokens for piece in plan(chosen, "train")) >= 300
@@ -229,6 +268,8 @@ def test_subset_int8_and_another_limit(model: Path, tmp_path: Path, capsys: pyte
         extract(options(model, tmp_path, storage="int8"), ["train"])
     with pytest.raises(DataError, match="holds states with storage = 'int8', not 'bf16'"):
         extract(options(model, tmp_path), ["validation"])
+    with pytest.raises(DataError, match="holds states with layer = -3, not -2"):
+        extract(options(model, tmp_path, limit_tokens=300, storage="int8", layer=-2), ["train"])
     (tmp_path / content["shards"][1]["file"]).unlink()  # as a stage does that is run again
     extract(chosen, ["train"])
     assert tree(tmp_path) == before

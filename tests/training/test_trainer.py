@@ -195,6 +195,8 @@ def test_resume_never_and_another_model_are_refused(folder: Path, reference: Pat
     assert (folder / "reference" / "config.yaml").read_text() == own
     with pytest.raises(ConfigError, match="optimizer.name 'muon', now it is 'adamw'"):
         run_here(folder, "reference", optimizer__name="adamw")
+    with pytest.raises(DataError, match=r"trained on other shards, weights or windows \(data.max_tokens\)"):
+        run_here(folder, "reference", data__max_tokens=16)
 
 
 def test_a_full_disk_ends_the_run_in_one_line_and_leaves_nothing_half_written(folder: Path, reference: Path) -> None:
