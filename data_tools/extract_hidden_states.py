@@ -8,6 +8,7 @@ command continues an interrupted run, with any number of ranks; whoever finishes
 import argparse
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -92,9 +93,8 @@ def extract(options: Extraction, splits: list[str], verify: int = 0) -> None:
         tokenizer_fingerprint=tokenizer_fingerprint,
         max_tokens=options.max_tokens,
     )
-    causal = teacher.is_causal(next(some.windows(options.max_tokens)))
+    causal = teacher.is_causal(max(islice(some.windows(options.max_tokens), 64), key=len))
     begin(options, {**description, "width": teacher.width, "causal": causal})
-    finished = True
     for split in left:
         pieces = plans[split]
         mine = [p for p in pieces[rank::world] if record_of(Path(options.output), p, of[split]) is None]
@@ -103,10 +103,11 @@ def extract(options: Extraction, splits: list[str], verify: int = 0) -> None:
         with tqdm(total=total, desc=name, unit="tok", unit_scale=True, dynamic_ncols=True, disable=rank > 0) as bar:
             for piece in mine:
                 write_piece(teacher, piece, options, of[split], bar)
-        if not finish(options, split, of[split], pieces, teacher.width):
-            finished = False
-            print(f"rank {rank}: its share of {split} is written; the rest is other ranks'", flush=True)
-    if verify and finished and (left or rank == 0):
+        finish(options, split, of[split], pieces, teacher.width)
+    missing = [split for split in splits if not is_complete(options, split, of[split])]
+    if missing:
+        print(f"rank {rank}: its share is written; what is left of {' and '.join(missing)} is other ranks'", flush=True)
+    elif verify and (left or rank == 0):  # the last rank to finish sees everything complete
         check(teacher, options, plans, verify)
 
 

@@ -127,6 +127,12 @@ def main(argv: list[str] | None = None) -> None:
     directory = Path(options.directory)
     with cli_errors():
         manifest = read_manifest(directory)
+        if options.verify:
+            problems = verify(directory, manifest)
+            if problems:
+                more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
+                raise DataError("\n".join(problems[:20] + more))
+            print("verified: checksums, counts, ids and ends of documents agree with the manifest")
         lengths = {}
         for split, content in manifest["splits"].items():
             parts = [TarIndex(directory / entry["file"]).lengths for entry in content["shards"]]
@@ -137,12 +143,6 @@ def main(argv: list[str] | None = None) -> None:
             print(f"\nhistogram: {options.histogram}")
         if options.show:
             show_documents(directory, manifest, options.show)
-        if options.verify:
-            problems = verify(directory, manifest)
-            if problems:
-                more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
-                raise DataError("\n".join(problems[:20] + more))
-            print("verified: checksums, counts, ids and ends of documents agree with the manifest")
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def plan(options: Extraction, split: str) -> list[PlannedPiece]:
     pieces: list[PlannedPiece] = []
     left = options.limit_tokens if options.limit_tokens is not None else manifest["splits"][split]["tokens"]
     for entry in entries:
-        index = TarIndex(folder / entry["file"])
+        index = TarIndex(folder / entry["file"], sha256=entry["sha256"])
         ends, first = np.cumsum(index.lengths), 0
         while first < len(index) and left > 0:
             before = int(ends[first - 1]) if first else 0
@@ -160,8 +160,11 @@ def write_piece(teacher: Teacher, piece: PlannedPiece, options: Extraction, of: 
                 key = piece.index.key(document)
                 add_document(writer, key, tokens, teacher.width, parts(windows), options.storage)
         entry = writer.close()
-    except BaseException:
+    except BaseException as error:
         writer.abandon()
+        if isinstance(error, OSError):
+            advice = "free some space and run the same command again"
+            raise DataError(f"{output / piece.name}: cannot be written ({error.strerror}); {advice}") from error
         raise
     entry |= {"token_shard": piece.index.path.name, "first_document": piece.first}
     write_json(_record_path(output, piece), {"of": of, "entry": entry, "sums": total.tolist()})
@@ -191,12 +194,13 @@ def begin(options: Extraction, description: dict[str, Any]) -> None:
 
 
 def check_same(options: Extraction, description: dict[str, Any]) -> None:
-    """Raise DataError where the folder holds states of another description; a model may have moved."""
+    """Raise DataError where the folder holds states of another description."""
     if not (Path(options.output) / MANIFEST).exists():
         return
     present = read_states_manifest(options.output)
     for name, value in description.items():
-        if name != "teacher" and present.get(name) != value:
+        # a model may have moved; whether it is causal is the first rank's finding, which rounding might make another's
+        if name not in ("teacher", "causal") and present.get(name) != value:
             raise DataError(
                 f"{options.output}: holds states with {name} = {present.get(name)!r}, not {value!r}; choose another "
                 "--output"
@@ -219,15 +223,16 @@ def is_complete(options: Extraction, split: str, of: str) -> bool:
     return True
 
 
-def finish(options: Extraction, split: str, of: str, pieces: list[PlannedPiece], width: int) -> bool:
-    """Put the split into the manifest if all its pieces are there; whoever comes last does so, whichever rank it is."""
+def finish(options: Extraction, split: str, of: str, pieces: list[PlannedPiece], width: int) -> None:
+    """Put the split into the manifest if all its pieces are there; whichever rank comes last does so. The records stay,
+    so that a piece which gets lost is all that is extracted again."""
     output = Path(options.output)
     with locked(output):
         manifest = read_states_manifest(output)
         records = [record_of(output, piece, of) for piece in pieces]
         whole = [record for record in records if record is not None]
         if len(whole) < len(pieces):
-            return split in manifest["splits"]  # another rank was faster, and has removed the records
+            return
         tokens = sum(piece.tokens for piece in pieces)
         content: dict[str, Any] = {
             "documents": sum(piece.stop - piece.first for piece in pieces),
@@ -244,6 +249,3 @@ def finish(options: Extraction, split: str, of: str, pieces: list[PlannedPiece],
             content |= {"mean": mean.tolist(), "std": std.tolist(), "storage_cosine": cosine}
         manifest["splits"][split] = content
         write_json(output / MANIFEST, manifest)
-    for piece in pieces:
-        _record_path(output, piece).unlink(missing_ok=True)
-    return True

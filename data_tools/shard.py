@@ -7,7 +7,6 @@ files are, and `--resume` cuts them back to it and goes on from there.
 
 import argparse
 import hashlib
-import json
 import os
 import re
 import signal
@@ -33,6 +32,8 @@ from megatext.data.shards import (
     TOKENIZER_FOLDER,
     ShardWriter,
     files_of,
+    lock_for_writing,
+    read_json,
     read_manifest,
     sample_bytes,
     write_json,
@@ -44,7 +45,7 @@ SNAPSHOT_SECONDS = 10.0
 """What a kill can cost at most, beside the chunks in flight."""
 _PROGRESS = ".progress.json"
 _SEEN = ".seen.bin"
-_SAME_DOCUMENT = "exact text, case and white space ignored"
+_SAME_DOCUMENT = "case and white space ignored"
 """What the manifest says of `text_identity`."""
 _DEFAULT_TOKENIZER = "Qwen/Qwen3-1.7B"
 _Item = TypeVar("_Item")
@@ -322,8 +323,7 @@ class _Corpus:
             "skipped": dict(self.skipped),
         }
         write_json(self.output / MANIFEST, manifest)
-        for name in (_PROGRESS, _SEEN):
-            (self.output / name).unlink(missing_ok=True)
+        _remove_progress(self.output)
         return manifest
 
 
@@ -344,7 +344,7 @@ def shard(
     output, chosen = Path(output), Filters(**filters)
     try:
         tokenizer = load_tokenizer(tokenizer_name)
-    except (FileNotFoundError, OSError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"--tokenizer {tokenizer_name}: {error}") from error
     settings = {
         "inputs": sources.describe(inputs),
@@ -355,40 +355,50 @@ def shard(
         "on_error": on_error,
     }
     try:
-        done, progress = _prepare(output, settings, resume)
-        if done is not None:
-            print(f"{output}: already complete")
-            return done
-        tokenizer.save(output / TOKENIZER_FOLDER)
-        corpus = _Corpus(output, settings, chosen, on_error, progress)
-        corpus.snapshot()
+        output.mkdir(parents=True, exist_ok=True)
+        lock = open(output / ".writing", "w")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise DataError(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
-    try:
-        corpus.read(inputs, tokenizer, workers, separator)
-        if corpus.kept == 0:
-            refused = ", ".join(f"{count} {cause}" for cause, count in (corpus.dropped + corpus.skipped).items())
-            raise DataError(f"no document was kept of {', '.join(inputs)} ({refused or 'they hold none'})")
-        return corpus.finish(tokenizer)
-    except OSError as error:
-        raise DataError(
-            f"{output}: writing failed ({error.strerror}); free some space and run again with --resume"
-        ) from error
+    with lock:
+        lock_for_writing(lock)
+        try:
+            done, progress = _prepare(output, settings, resume)
+            if done is not None:
+                print(f"{output}: already complete")
+                return done
+            tokenizer.save(output / TOKENIZER_FOLDER)
+            corpus = _Corpus(output, settings, chosen, on_error, progress)
+            corpus.snapshot()
+        except OSError as error:
+            raise DataError(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
+        try:
+            corpus.read(inputs, tokenizer, workers, separator)
+            if corpus.kept == 0:
+                refused = ", ".join(f"{count} {cause}" for cause, count in (corpus.dropped + corpus.skipped).items())
+                raise DataError(f"no document was kept of {', '.join(inputs)} ({refused or 'they hold none'})")
+            return corpus.finish(tokenizer)
+        except OSError as error:
+            raise DataError(
+                f"{output}: writing failed ({error.strerror}); free some space and run again with --resume"
+            ) from error
 
 
 def _prepare(
     output: Path, settings: dict[str, Any], resume: bool
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Make or check the output folder; the manifest where everything is there, the snapshot where something is."""
-    output.mkdir(parents=True, exist_ok=True)
+    """Check the output folder; the manifest where everything is there, the snapshot where something is.
+
+    A run may be resumed with another `on_error`: what was read before is the same either way.
+    """
     existing = [p.name for p in output.iterdir() if re.match(rf".*\.tar$|manifest\.json$|{_PROGRESS}$", p.name)]
     if existing and not resume:
         raise DataError(f"{output}: already holds {existing[0]}; continue with --resume or choose another --output")
     if (output / MANIFEST).exists():
         manifest = read_manifest(output)
         written = {**manifest, "tokenizer": manifest["tokenizer"]["fingerprint"], "inputs": manifest["sources"]}
-        if any(written.get(key) != value for key, value in settings.items()):
+        if any(written.get(key) != value for key, value in settings.items() if key != "on_error"):
             raise DataError(f"{output}: was written from other inputs or settings; choose another --output")
+        _remove_progress(output)  # of a run that was killed after its last word
         return manifest, None
     if not (output / _PROGRESS).exists():
         if existing:
@@ -396,13 +406,18 @@ def _prepare(
                 f"{output}: holds {existing[0]}, but no record of the run that wrote it; choose another one"
             )
         return None, None
-    progress: dict[str, Any] = json.loads((output / _PROGRESS).read_text())
-    differing = [key for key, value in settings.items() if progress["settings"].get(key) != value]
+    progress: dict[str, Any] = read_json(output / _PROGRESS)
+    differing = [k for k, value in settings.items() if k != "on_error" and progress["settings"].get(k) != value]
     if differing:
         raise DataError(
             f"{output}: was begun with other inputs or settings ({', '.join(differing)}); choose another --output"
         )
     return None, progress
+
+
+def _remove_progress(output: Path) -> None:
+    for name in (_PROGRESS, _SEEN):
+        (output / name).unlink(missing_ok=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -413,7 +428,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", required=True, help="folder for the shards")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes that decode and tokenize")
     add("--shard-tokens", type=int, default=50_000_000, help="a shard is closed when it holds so many (%(default)s)")
-    add("--separator", default=sources.SEPARATOR, help="ends a document in .txt files (%(default)s)")
+    add("--separator", default=sources.SEPARATOR, help="ends a document in .txt files; '' for one a file")
     add("--limit", type=int, help="stop after so many documents")
     add("--languages", nargs="+", default=(), metavar="LANG", help="drop documents whose metadata names another lang")
     add("--min-words", type=int, help="drop documents with fewer words, by their metadata or by their text")

@@ -117,7 +117,7 @@ def _decode_item(item: bytes | dict[str, Any], chunk: Chunk, number: int) -> Doc
     except UnicodeDecodeError as error:
         line_number = f", its line {error.object[: error.start].count(10) + 1}" if chunk.unit == "document" else ""
         return Problem("invalid_utf8", f"{place}{line_number}: not UTF-8 at byte {error.start} ({error.reason})")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Problem("broken_json", f"{place}: not JSON ({error})")
     text = record.get("text") if isinstance(record, dict) else None
     if isinstance(text, list) and all(isinstance(part, str) for part in text):
@@ -128,10 +128,24 @@ def _decode_item(item: bytes | dict[str, Any], chunk: Chunk, number: int) -> Doc
     text = text.strip()
     if not text:
         return Problem("empty", f"{place}: the document is empty")
-    if not text.isascii():  # a lone surrogate, as JSON escapes allow, is no text
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     meta = record.get("meta")
-    return Document(f"{chunk.source}-{number:09d}", text, dict(meta) if isinstance(meta, dict) else {})
+    try:
+        plain = _plain(meta) if isinstance(meta, dict) else {}
+    except RecursionError:
+        return Problem("broken_json", f"{place}: its meta is nested too deeply")
+    return Document(f"{chunk.source}-{number:09d}", _plain(text), plain)
+
+
+def _plain(value: Any) -> Any:
+    """What can be written as JSON and UTF-8: dates, decimals and bytes become text, a lone surrogate, as JSON's escapes
+    allow, becomes U+FFFD."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {_plain(str(key)): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float) else _plain(str(value))
 
 
 def expand(inputs: Sequence[str]) -> list[str]:
@@ -200,6 +214,10 @@ def _chunks(number: int, stream: Stream, first: int, skip_errors: bool) -> Itera
                     break
             else:
                 ended = True
+        except DataError as error:
+            if not skip_errors:
+                raise
+            problem, ended = Problem("unreadable_input", str(error)), True
         except _READ_ERRORS as error:
             problem, ended = _problem_of(stream.where, error), True
             if not skip_errors:
@@ -271,8 +289,12 @@ def _streams_of_file(text: str, names: set[str], separator: str, before: int, to
                     if member.isfile():
                         own, where = _name(f"{name}-{Path(member.name).name}", names), f"{text}: {member.name}"
                         yield Stream(own, where, "line", partial(_member, tar, member), done)
-        except tarfile.TarError as error:
-            yield _broken(name, text, error)
+                # tarfile takes a damaged header, and the end of the file, for the end of the archive
+                file.seek(tar.offset)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError(f"no header and no end of the archive at byte {tar.offset}")
+        except (tarfile.TarError, OSError) as error:
+            yield _broken(_name(f"{name}-rest", names), text, error)
 
 
 def _broken(name: str, where: str, error: Exception) -> Stream:
@@ -344,13 +366,17 @@ def _zstd(stream: IO[bytes]) -> Iterator[bytes]:
 
 
 def _plain_text(file: BinaryIO, separator: bytes) -> Iterator[bytes]:
-    """Documents between separators; what is blank between two of them, and at the end, is none."""
-    rest = b""
+    """Documents between separators, or the whole file where that is empty; what is blank is none."""
+    held = bytearray()
     while block := file.read(_BLOCK_BYTES):
-        *whole, rest = (rest + block).split(separator)
-        yield from (document for document in whole if document.strip())
-    if rest.strip():
-        yield rest
+        start = max(0, len(held) + 1 - len(separator))
+        held += block
+        if separator and held.find(separator, start) >= 0:
+            *whole, rest = held.split(separator)
+            held = rest
+            yield from (bytes(document) for document in whole if document.strip())
+    if held.strip():
+        yield bytes(held)
 
 
 def _parquet(text: str, file: BinaryIO) -> Iterator[dict[str, Any]]:

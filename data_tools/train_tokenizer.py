@@ -16,16 +16,21 @@ from megatext.config import cli_errors
 from megatext.data import DataError
 from megatext.tokenizer import SENTENCEPIECE_FILE, SentencePieceTokenizer
 
+_THREADS = 2
+"""Part of the result: with another number SentencePiece adds in another order and ends with other pieces."""
+
 
 def sample_lines(inputs: list[str], *, megabytes: float, workers: int, fraction: float) -> list[str]:
     """Lines of the inputs' documents, evenly sampled where they hold more than `megabytes`, in order."""
     lines: list[str] = []
-    stride, seen, held = 1, 0, 0
+    stride, seen, held, skipped = 1, 0, 0, 0
     form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     bar = tqdm(total=1.0, desc="read", bar_format=form, dynamic_ncols=True)
     for chunk in sources.read(inputs, workers=workers, fraction=fraction):
         bar.update(chunk.done - bar.n)
-        for document in sources.decode(chunk)[0]:
+        documents, problems = sources.decode(chunk)
+        skipped += len(problems)
+        for document in documents:
             for line in document.text.split("\n"):
                 if line.strip() and seen % stride == 0:
                     lines.append(line)
@@ -35,12 +40,15 @@ def sample_lines(inputs: list[str], *, megabytes: float, workers: int, fraction:
             lines, stride = lines[::2], stride * 2
             held = sum(map(len, lines))
     bar.close()
+    if skipped:
+        print(f"{skipped:,} items without a document were passed over; data_tools.shard says what is wrong with them")
     surplus = max(1.0, held / (1e6 * megabytes))
     return [lines[int(i * surplus)] for i in range(int(len(lines) / surplus))]
 
 
-def train(lines: list[str], vocab_size: int, *, threads: int = 1) -> SentencePieceTokenizer:
-    """A tokenizer of exactly `vocab_size` pieces: <pad> <bos> <eos> <unk>, 256 bytes, the newline, learned pieces."""
+def train(lines: list[str], vocab_size: int) -> SentencePieceTokenizer:
+    """A tokenizer of exactly `vocab_size` pieces: <pad> <bos> <eos> <unk>, 256 bytes, the newline, learned pieces. The
+    same lines give the same pieces on any machine."""
     from sentencepiece import SentencePieceTrainer
 
     if not lines:
@@ -60,7 +68,7 @@ def train(lines: list[str], vocab_size: int, *, threads: int = 1) -> SentencePie
             split_digits=True,
             character_coverage=0.9995,
             max_sentence_length=16384,
-            num_threads=threads,
+            num_threads=_THREADS,
             pad_id=0,
             pad_piece="<pad>",
             bos_id=1,
@@ -89,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--pydocs-fraction", type=float, default=0.25, help="share of the source files of pydocs: to look at"
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, then threads")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that read pydocs:")
     options = parser.parse_args(argv)
     with cli_errors():
         started = time.monotonic()
@@ -98,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         characters = sum(map(len, lines))
         print(f"training {options.vocab_size} pieces on {len(lines):,} lines, {characters / 1e6:.2f} MB", flush=True)
-        tokenizer = train(lines, options.vocab_size, threads=options.workers)
+        tokenizer = train(lines, options.vocab_size)
         tokenizer.save(options.output)
         some = lines[:: max(1, len(lines) // 2000)]
         tokens = sum(map(len, tokenizer.encode_batch(some)))

@@ -104,6 +104,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if self._backend is not None:  # some tokenizer.json ask for them
             self._backend.no_truncation()
             self._backend.no_padding()
+            self._backend.encode_special_tokens = True  # a text that speaks of <|endoftext|> does not end there
         pad = self._tokenizer.pad_token_id
         self.pad_id = self.eos_id if pad is None else int(pad)
 
@@ -113,7 +114,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if self._backend is not None:  # without the offsets and lists that transformers makes of them
             return [found.ids for found in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
         encoded: list[list[int]] = self._tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
         )["input_ids"]
         return encoded
 

@@ -89,3 +89,14 @@ def test_qwen3_ids_equal_the_published_ones(qwen3: Tokenizer, shared_data: Path)
     assert len(lines) > 20
     for text, line in zip(texts, lines, strict=False):  # a separator ends the last text too
         assert qwen3.encode(text) == [int(n) for n in line.split()], repr(text)
+
+
+def test_a_text_that_names_special_tokens_holds_none(qwen3: Tokenizer) -> None:
+    text = "GPT-2 ends a text with <|endoftext|>, a chat model a turn with <|im_end|>."
+    ids = qwen3.encode(text)
+    assert qwen3.eos_id not in ids and max(ids) < 151_643
+    assert qwen3.decode([*ids, qwen3.eos_id]) == text
+
+
+def test_training_gives_the_same_pieces_again(tokenizer: Tokenizer) -> None:
+    assert train(TEXT * 20, 312).fingerprint() == tokenizer.fingerprint()

@@ -6,7 +6,6 @@ permutation; source s therefore has given exactly b * counts[s] samples when b b
 
 import numpy as np
 
-from megatext.data import DataError
 from megatext.data.order import Permutation
 from megatext.rng import derive_seed
 
@@ -15,14 +14,10 @@ BLOCK = 4096
 
 
 def counts_of(shares: np.ndarray, block: int = BLOCK) -> list[int]:
-    """Whole numbers in proportion to `shares` that add up to `block`, by largest remainders; earlier sources win ties.
-
-    Raises DataError for a source that would get none."""
+    """Whole numbers in proportion to `shares` that add up to `block`, by largest remainders; earlier ones win ties."""
     exact = shares / shares.sum() * block
     counts = np.floor(exact).astype(np.int64)
     counts[np.argsort(counts - exact, kind="stable")[: block - int(counts.sum())]] += 1
-    if (counts == 0).any():
-        raise DataError(f"data: source {int(counts.argmin()) + 1} is less than 1/{block} of the samples; leave it out")
     return [int(count) for count in counts]
 
 

@@ -3,12 +3,12 @@
 The order of a run visits all shards within its first steps, so streaming them would read every one of them for a
 few of its documents; a copy on the local disk costs one pass over the network, and keeps order, resume and speed what
 they are for local shards. A place is `https://host/folder`, `s3://bucket/folder`, or `pipe:command` with `{}` where
-the name of a file belongs (`pipe:ssh host cat shards/{}`); all three are webdataset's pipes, so its environment
-variables (GOPEN_VERBOSE, GOPEN_REWRITE) work too.
+the name of a file belongs (`pipe:ssh host cat shards/{}`). All three are read through webdataset's pipes.
 """
 
 import functools
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -24,8 +24,8 @@ from typing import Any
 from tqdm import tqdm
 
 from megatext.data import DataError
-from megatext.data.shards import MANIFEST, read_manifest
-from megatext.data.tar_index import locked
+from megatext.data.shards import MANIFEST
+from megatext.data.tar_index import cache_root, locked
 
 ATTEMPTS = 6
 FIRST_WAIT_SECONDS = 1.0
@@ -56,18 +56,13 @@ def local_folder(place: str) -> Path:
     with locked(root):
         _fetch_file(place, MANIFEST, root)
         content = (root / MANIFEST).read_bytes()
+        manifest = json.loads(content)
         name = re.sub(r"[^A-Za-z0-9_-]+", "-", place).strip("-")[-60:]
         folder = root / f"{name}-{hashlib.sha256(place.encode() + content).hexdigest()[:12]}"
         folder.mkdir(exist_ok=True)
         os.replace(root / MANIFEST, folder / MANIFEST)
-    fetch(place, read_manifest(folder).get("tokenizer", {}).get("files", []), folder)
+    fetch(place, manifest.get("tokenizer", {}).get("files", []), folder)  # teacher states have no tokenizer
     return folder
-
-
-def cache_root() -> Path:
-    """Where copies of remote shards are kept: $MEGATEXT_CACHE, or ~/.cache/megatext. They may be deleted when no run
-    reads them."""
-    return Path(os.environ.get("MEGATEXT_CACHE") or Path.home() / ".cache" / "megatext")
 
 
 def fetch(place: str, entries: Iterable[dict[str, Any]], folder: Path) -> None:
@@ -78,7 +73,7 @@ def fetch(place: str, entries: Iterable[dict[str, Any]], folder: Path) -> None:
         return
     with locked(folder):
         # a copy appears by rename when its checksum was right
-        missing = [entry for entry in entries if not (folder / entry["file"]).exists()]
+        missing = [entry for entry in entries if not _has_size(folder / entry["file"], entry["bytes"])]
         if not missing:
             return
         size, free = sum(entry["bytes"] for entry in missing), shutil.disk_usage(folder).free
@@ -98,6 +93,10 @@ def fetch(place: str, entries: Iterable[dict[str, Any]], folder: Path) -> None:
                 pool.shutdown(cancel_futures=True)
 
 
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
 def _fetch_file(place: str, name: str, folder: Path, sha256: str | None = None) -> None:
     """A file of the place, whole and checked, or DataError after some attempts."""
     target = folder / name
@@ -115,14 +114,27 @@ def _fetch_file(place: str, name: str, folder: Path, sha256: str | None = None) 
             status = re.search(r"exit (-?\d+) \(read\)", str(error))
             reason = f"the transfer ended with status {status.group(1)}" if status else str(error)
             if status and status.group(1) == "127":
-                raise DataError(f"{place}: the program that reads such places is not installed here") from error
+                program = _pipe(place, name).removeprefix("pipe:").split()[0]
+                raise DataError(
+                    f"{place}: the program that reads such places, {program}, is not installed here"
+                ) from error
             continue
-        if sha256 in (None, found):
+        if sha256 is None and not _is_manifest(partial):
+            reason = "what came is not the manifest of shards"
+        elif sha256 not in (None, found):
+            reason = f"its sha256 is {found}, the manifest says {sha256}"
+        else:
             os.replace(partial, target)
             return
-        reason = f"its sha256 is {found}, the manifest says {sha256}"
     partial.unlink(missing_ok=True)
     raise DataError(f"{place}: {name} could not be fetched in {ATTEMPTS} attempts: {reason}")
+
+
+def _is_manifest(path: Path) -> bool:
+    try:
+        return "splits" in json.loads(path.read_bytes())
+    except (ValueError, TypeError):
+        return False
 
 
 def _pipe(place: str, name: str) -> str:
@@ -147,6 +159,8 @@ def _copy(url: str, target: Path) -> str:
                 digest.update(block)
                 file.write(block)
         stream.close()
+        if stream.proc.returncode:  # which webdataset does not raise while GOPEN_VERBOSE is set
+            raise OSError(f"exit {stream.proc.returncode} (read)")
     except BaseException as error:
         with suppress(OSError):  # of the command, which was cut short
             stream.close()

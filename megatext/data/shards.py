@@ -1,5 +1,6 @@
 """Writing shards: deterministic tars that appear by rename when they are whole, and their manifest."""
 
+import fcntl
 import hashlib
 import io
 import json
@@ -9,7 +10,7 @@ import tarfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -57,7 +58,7 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, content: Any) -> None:
     """Atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     os.replace(temporary, path)
 
@@ -106,6 +107,17 @@ def _header(name: str, size: int) -> bytes:
     return bytes(header)
 
 
+def lock_for_writing(file: IO[Any]) -> None:
+    """Raise DataError where another process has this file locked. The lock ends with the process, or with the file."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise DataError(f"{Path(file.name).parent}: another process is writing here; wait for it, or stop it") from None
+    except OSError:  # a file system without locks
+        return
+
+
 class ShardWriter:
     """One tar in the making; `close` renames it into place and returns its manifest entry."""
 
@@ -121,11 +133,17 @@ class ShardWriter:
             if path.exists():
                 os.replace(path, self._partial)
             self.samples, self.tokens, self.bytes = (snapshot[key] for key in ("samples", "tokens", "bytes"))
-            os.truncate(self._partial, self.bytes)
+        self._file = open(self._partial, "ab")  # noqa: SIM115 (closed by close or abandon)
+        lock_for_writing(self._file)
+        if self._file.tell() < self.bytes:
+            raise DataError(
+                f"{self._partial}: was removed or cut since its run was interrupted; write the shards again"
+            )
+        self._file.truncate(self.bytes)
+        if snapshot is not None:
             with open(self._partial, "rb") as file:
                 while block := file.read(1 << 22):
                     self._hash.update(block)
-        self._file = open(self._partial, "wb" if snapshot is None else "ab")  # noqa: SIM115 (closed by close or abandon)
 
     def add(self, key: str, arrays: dict[str, np.ndarray], record: dict[str, Any] | None, tokens: int) -> None:
         """A sample: `<key>.<name>.npy` for each array, and `<key>.json`."""

@@ -18,7 +18,7 @@ import torch
 
 from megatext.config import ConfigError
 from megatext.data import DataError
-from megatext.data.mixture import Mixture, counts_of
+from megatext.data.mixture import BLOCK, Mixture, counts_of
 from megatext.data.packing import TokenBatch, pack_prefix
 from megatext.data.remote import is_remote
 from megatext.data.source import WindowSource
@@ -165,13 +165,15 @@ class TokenStream:
         for other in self.sources[1:]:
             if other.tokenizer_fingerprint != self.tokenizer_fingerprint:
                 raise DataError(f"{other.name}: made with another tokenizer than {first.name}; shard one of them again")
-        widths = {source.hidden.width for source in self.sources if source.hidden is not None}
-        if len(widths) > 1:
-            raise DataError(f"data: the teacher states of the sources have different widths, {sorted(widths)}")
-        self._hidden_width = widths.pop() if widths else None
+        self._hidden_width = _common_width(self.sources)
         # weights are shares of tokens, counts are of windows
         window_tokens = np.array([source.tokens / source.windows for source in self.sources])
         counts = counts_of([s.weight for s in config.sources] / window_tokens)
+        if 0 in counts:
+            name = self.sources[counts.index(0)].name
+            raise DataError(
+                f"{name}: its weight makes it less than one sample in {BLOCK}; leave it out, or give it more"
+            )
         self._mixture = Mixture(counts, seed)
         self._chunks: dict[int, Located] = {}
         # all files of all sources, and one of padding
@@ -306,3 +308,16 @@ class TokenStream:
         """A rank's `count` consecutive batches of `rows` rows of a step."""
         first = rank * count * rows
         return [self.batch(plan, slice(start, start + rows)) for start in range(first, first + count * rows, rows)]
+
+
+def _common_width(sources: list[WindowSource]) -> int | None:
+    """Width of the teacher states; None where no source has some. Raises DataError unless all are one teacher's."""
+    hidden = [source.hidden for source in sources if source.hidden is not None]
+    for other in hidden[1:]:
+        for key in ("teacher_fingerprint", "layer", "width", "causal"):
+            mine, theirs = hidden[0].manifest.get(key), other.manifest.get(key)
+            if mine != theirs:
+                raise DataError(
+                    f"{other.directory}: states with {key} {theirs}, those of {hidden[0].directory} have {mine}"
+                )
+    return hidden[0].width if hidden else None

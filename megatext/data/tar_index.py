@@ -5,16 +5,18 @@ tokens/s. The index is built once by walking the tar headers, and kept beside th
 is also when the tar's checksum is taken, so that opening it again costs nothing.
 """
 
+import errno
 import fcntl
 import hashlib
 import math
 import mmap
 import os
 import re
+import resource
 import struct
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -32,12 +34,24 @@ def locked(folder: Path) -> Iterator[None]:
     folder that cannot be written is not locked."""
     try:
         file = open(folder / ".lock", "w")  # noqa: SIM115 (closed below)
-    except OSError:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:  # also file systems without locks
         yield
         return
     with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def cache_root() -> Path:
+    """Where copies of remote shards are kept, and indexes of read-only ones: $MEGATEXT_CACHE, or ~/.cache/megatext. May
+    be deleted when no run reads it."""
+    return Path(os.environ.get("MEGATEXT_CACHE") or Path.home() / ".cache" / "megatext")
+
+
+def allow_many_files() -> None:
+    """Every shard in use holds two file descriptors, and 1024 are allowed to begin with: allow all that may be."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def walk(view: memoryview | mmap.mmap, where: str) -> Iterator[tuple[str, int, int]]:
@@ -101,6 +115,7 @@ class TarIndex:
     def __init__(self, path: str | Path, suffix: str = ".tokens.npy", *, sha256: str | None = None):
         """Raises DataError for a tar that is missing, damaged or, with `sha256` (hex), not the one it should be."""
         self.path = Path(path)
+        allow_many_files()
         try:
             with open(self.path, "rb") as file:
                 self._status = os.fstat(file.fileno())
@@ -151,7 +166,7 @@ class TarIndex:
 
     def _fields(self, suffix: str, sha256: str | None) -> dict[str, np.ndarray]:
         """The index, from its cache or built; of the ranks of a machine one builds it."""
-        cache = self.path.with_name(f"{self.path.name}{suffix}.index.npz")
+        cache = self._cache(suffix)
         fields = self._load(cache, sha256)
         if fields is None:
             with locked(cache.parent):
@@ -162,13 +177,22 @@ class TarIndex:
                     fields = self._load(cache, sha256) or fields  # a view of the file instead of memory of our own
         return fields
 
+    def _cache(self, suffix: str) -> Path:
+        name = f"{self.path.name}{suffix}.index.npz"
+        if os.access(self.path.parent, os.W_OK):
+            return self.path.with_name(name)
+        folder = cache_root() / "indexes" / hashlib.sha256(str(self.path.parent.resolve()).encode()).hexdigest()[:16]
+        with suppress(OSError):  # then it stays in memory
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder / name
+
     def _build(self, suffix: str, sha256: str | None) -> dict[str, np.ndarray]:
         if sha256 is not None:
             found = hashlib.sha256(self._map).hexdigest()
             if found != sha256:
                 raise DataError(
                     f"{self.path}: its sha256 is {found}, the manifest says {sha256}; the shard was damaged or "
-                    "replaced: copy it again, or write the shards again"
+                    "replaced: remove it and copy it (or let it be fetched) again"
                 )
         arrays: dict[str, tuple[int, int]] = {}
         records: dict[str, tuple[int, int]] = {}
@@ -220,7 +244,11 @@ class TarIndex:
             fields = _map_npz(cache)
             known = np.array_equal(fields.pop("stamp"), self._stamp()) and sha256 in (None, str(fields["sha256"]))
             return fields if known else None
-        except Exception:  # a cache that is missing, damaged or of an older version is built anew
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
+            return None
+        except Exception:  # a cache that is damaged or of an older version is built anew
             return None
 
     def _store(self, cache: Path, fields: dict[str, np.ndarray]) -> None:

@@ -121,7 +121,8 @@ class RunState:
         check_built_on(path, saved.get("built_on", {}), self.recipe.built_on)
         if saved["tokenizer_fingerprint"] != self.stream.tokenizer_fingerprint:
             raise DataError(f"{self.config.data.shards}: these shards have another tokenizer than those of {path}")
-        if saved["order_fingerprint"] != self.stream.order_fingerprint:
+        order = saved.get("order_fingerprint", self.stream.order_fingerprint)  # older checkpoints do not say
+        if order != self.stream.order_fingerprint:
             raise DataError(
                 f"{path}: was trained on other shards, weights or windows (data.max_tokens) than these, so documents "
                 "would be read twice or never; continue with the same, or start another run_dir"

@@ -121,6 +121,19 @@ def test_a_source_may_have_no_states(tmp_path: Path) -> None:
             assert batch.hidden_valid[r][here].all() == (int(here.sum()) != 7)
 
 
+def test_states_of_two_teachers_do_not_go_together(tmp_path: Path) -> None:
+    for name in ("shards", "more"):
+        write_corpus(tmp_path / name, LENGTHS)
+    write_states(tmp_path / "shards", tmp_path / "states", "bf16", [("train-000000.tar", 0, 7)])
+    write_states(tmp_path / "more", tmp_path / "others", "bf16", [("train-000000.tar", 0, 7)])
+    both = (SourceConfig(str(tmp_path / "more"), hidden_states=str(tmp_path / "others")),)
+    stream(tmp_path, more_sources=both)
+    path = tmp_path / "others" / "manifest.json"
+    write_json(path, {**json.loads(path.read_text()), "layer": -1})
+    with pytest.raises(DataError, match="others: states with layer -1, those of .*states have None"):
+        stream(tmp_path, more_sources=both)
+
+
 def test_states_for_other_windows_tokenizers_or_shards_are_refused(tmp_path: Path) -> None:
     write_corpus(tmp_path / "shards", LENGTHS)
     write_states(tmp_path / "shards", tmp_path / "states", "bf16", [("train-000000.tar", 0, 2)])

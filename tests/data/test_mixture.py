@@ -24,11 +24,6 @@ def test_counts_are_the_nearest_whole_numbers(shares: list[float], block: int) -
     assert np.abs(np.array(counts) - exact).max() < 1
 
 
-def test_a_source_without_samples_is_refused() -> None:
-    with pytest.raises(DataError, match="source 2 is less than 1/4096"):
-        counts_of(np.array([1.0, 0.0001]))
-
-
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 3), st.integers(1, 5))
 def test_every_position_of_every_source_comes_once_and_in_proportion(counts: list[int], seed: int, blocks: int) -> None:
     mixture, size = Mixture(counts, seed), sum(counts)
@@ -94,6 +89,8 @@ def test_sources_that_do_not_go_together(corpora: tuple[str, str], tmp_path: Pat
         stream(SourceConfig(str(tmp_path)))
     with pytest.raises(DataError, match=r"long: split 'train' holds 90 windows.*fewer rows"):
         stream(SourceConfig(corpora[1], weight=100.0), rows=60)
+    with pytest.raises(DataError, match=r"long: its weight makes it less than one sample in 4096"):
+        stream(SourceConfig(corpora[1], weight=0.0001))
     with pytest.raises(ConfigError, match=r"weight of .* is 0.0"):
         stream(SourceConfig(corpora[1], weight=0.0))
     orders = [

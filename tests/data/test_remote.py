@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from megatext.data import DataError, remote
+from megatext.data.shards import files_of
 from megatext.data.stream import DataConfig, TokenStream
 from tests.data.corpus import write_corpus
+from tests.data.test_hidden_states import write_states
 
 LENGTHS = [int(n) for n in np.random.default_rng(1).integers(2, 60, 80)]
 
@@ -136,8 +138,36 @@ def test_a_copy_that_was_damaged_later_is_noticed(server: Server, cache: Path) -
     (copy,) = cache.rglob("train-000000.tar")
     copy.write_bytes(copy.read_bytes()[:-1024] + bytes(1023) + b"x")
     remote.local_folder.cache_clear()
-    with pytest.raises(DataError, match="train-000000.tar: its sha256 is"):
+    with pytest.raises(DataError, match=r"train-000000.tar: its sha256 is .* let it be fetched"):
         stream(server.address)
+    copy.write_bytes(b"short")
+    stream(server.address)
+
+
+def test_what_is_no_manifest_is_asked_for_again(server: Server, corpus: Path) -> None:
+    whole = (corpus / "manifest.json").read_text()
+    (corpus / "manifest.json").write_text(whole[:-40])
+    with pytest.raises(DataError, match=rf"{server.address}: manifest.json could not .* what came is not the manifest"):
+        stream(server.address)
+    assert server.asked["manifest.json"] == 6
+
+
+def test_teacher_states_and_a_tokenizer_behind_http(tmp_path: Path, corpus: Path, server: Server) -> None:
+    (corpus / "tokenizer").mkdir()
+    (corpus / "tokenizer" / "vocab.txt").write_text("a b c")
+    manifest = json.loads((corpus / "manifest.json").read_text())
+    manifest["tokenizer"]["files"] = files_of(corpus, "tokenizer")
+    (corpus / "manifest.json").write_text(json.dumps(manifest))
+    assert (remote.local_folder(server.address) / "tokenizer" / "vocab.txt").read_text() == "a b c"
+    write_states(corpus, corpus / "states", "int8", [("train-000000.tar", 0, 20), ("train-000002.tar", 3, 9)], 48)
+    config = {"row_tokens": 64, "max_tokens": 48}
+    batches = []
+    for shards, states in ((str(corpus), str(corpus / "states")), (server.address, f"{server.address}/states")):
+        found = TokenStream(DataConfig(shards, hidden_states=states, **config), seed=0, rows_per_step=4)
+        batches.append(found.batch(found.plan(0), slice(None)))
+    assert batches[0].hidden_valid is not None and batches[0].hidden_valid.any()
+    assert torch.equal(batches[0].hidden_valid, batches[1].hidden_valid)
+    assert torch.equal(batches[0].hidden, batches[1].hidden)
 
 
 def test_pipe_command_and_s3(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +187,7 @@ def test_pipe_command_and_s3(corpus: Path, tmp_path: Path, monkeypatch: pytest.M
     assert_same_batches("s3://bucket/folder", corpus)
     program.unlink()
     remote.local_folder.cache_clear()
-    with pytest.raises(DataError, match="the program that reads such places is not installed"):
+    with pytest.raises(DataError, match="the program that reads such places, aws, is not installed"):
         stream("s3://bucket/folder")
 
 

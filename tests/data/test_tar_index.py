@@ -1,7 +1,10 @@
 """The tar index against tarfile and webdataset, its cache, and damaged files."""
 
+import hashlib
 import io
 import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -109,3 +112,37 @@ def test_damaged_and_missing_files_are_refused(shard: Path) -> None:
     shard.unlink()
     with pytest.raises(DataError, match="no such shard"):
         TarIndex(shard)
+
+
+def test_in_a_read_only_folder_the_index_is_kept_elsewhere(
+    shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEGATEXT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    check(TarIndex(shard))
+    assert not list(shard.parent.glob("*.npz"))
+    monkeypatch.setattr(TarIndex, "_build", lambda *_: pytest.fail("the cache was not used"))
+    check(TarIndex(shard))
+
+
+def test_the_checksum_is_compared_once_and_again_when_the_file_changes(shard: Path) -> None:
+    digest = hashlib.sha256(shard.read_bytes()).hexdigest()
+    TarIndex(shard)  # an index without a checksum does not count as checked
+    with pytest.raises(DataError, match=f"its sha256 is {digest}, the manifest says {'0' * 64}"):
+        TarIndex(shard, sha256="0" * 64)
+    check(TarIndex(shard, sha256=digest))
+    content = bytearray(shard.read_bytes())
+    content[int(TarIndex(shard).offsets[0])] ^= 1
+    shard.write_bytes(bytes(content))
+    with pytest.raises(DataError, match="its sha256 is"):
+        TarIndex(shard, sha256=digest)
+
+
+def test_more_shards_than_files_are_allowed_to_begin_with(shard: Path) -> None:
+    program = (
+        "import resource, sys\n_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))\nfrom megatext.data.tar_index import TarIndex\n"
+        "held = [TarIndex(sys.argv[1]) for _ in range(100)]\nprint(len(held))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(shard)], capture_output=True, text=True, check=False)
+    assert done.stdout == "100\n", done.stderr

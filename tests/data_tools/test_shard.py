@@ -333,6 +333,90 @@ def test_bad_input_is_named(tokenizer: str, tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: ")
 
 
+@pytest.mark.parametrize("damage", ["header", "cut between members", "cut in a header"])
+def test_a_damaged_release_is_not_taken_for_its_end(damage: str, tokenizer: str, tmp_path: Path) -> None:
+    path = tmp_path / "openwebtext2.jsonl.zst.tar"
+    with tarfile.open(path, "w") as tar:
+        for month in range(3):
+            content = zstandard.ZstdCompressor().compress(json_lines(TEXTS[80 * month : 80 * month + 80]))
+            info = tarfile.TarInfo(f"2005-0{month}.jsonl.zst")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    with tarfile.open(path) as tar:
+        third = tar.getmembers()[2].offset
+    content = bytearray(path.read_bytes())
+    content[third + 5] ^= 1
+    cut = {"header": len(content), "cut between members": third, "cut in a header": third + 100}[damage]
+    path.write_bytes(bytes(content[:cut]))
+    with pytest.raises(DataError, match=rf"{path}: cannot be read to its end .*at byte {third}"):
+        shard.shard([str(path)], tokenizer, tmp_path / "stop")
+    manifest = shard.shard([str(path)], tokenizer, tmp_path / "skip", on_error="skip")
+    assert manifest["skipped"] == {"truncated_input": 1}
+    assert sum(split["documents"] for split in manifest["splits"].values()) == 160
+
+
+def test_after_a_broken_line_one_goes_on_with_skip(tokenizer: str, tmp_path: Path) -> None:
+    lines = json_lines(TEXTS).splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_bytes(b"".join([*lines[:150], b"{broken\n", *lines[150:]]))
+    whole = shard.shard([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "whole", on_error="skip")
+    with pytest.raises(DataError, match="a.jsonl, line 151: not JSON"):
+        shard.shard([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "out")
+    again = shard.shard([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "out", on_error="skip", resume=True)
+    assert again == whole
+    assert again["skipped"] == {"broken_json": 1}
+
+
+def test_metadata_of_any_kind_is_written(tokenizer: str, tmp_path: Path) -> None:
+    import datetime
+    import decimal
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"text": TEXTS[0], "meta": {"title": "half \ud83d", "ok": "\U0001f600", "n": 3}})
+        + "\n" + '{"text": "deep", "meta": ' + '{"a":' * 5000 + "1" + "}" * 5001 + "\n"
+    )  # fmt: skip
+    when, price = datetime.datetime(2020, 4, 1), decimal.Decimal("1.50")
+    pq.write_table(
+        pa.table({"text": [TEXTS[1]], "when": [when], "price": [price], "raw": [b"x"]}), tmp_path / "b.parquet"
+    )
+    pq.write_table(pa.table({"body": ["x"]}), tmp_path / "c.parquet")
+    inputs = [str(tmp_path / name) for name in ("a.jsonl", "b.parquet", "c.parquet")]
+    manifest = shard.shard(inputs, tokenizer, tmp_path / "out", on_error="skip", validation_fraction=0, test_fraction=0)
+    assert manifest["skipped"] == {"broken_json": 1, "unreadable_input": 1}
+    index = TarIndex(tmp_path / "out" / "train-000000.tar")
+    first, second = (json.loads(index.json(i)) for i in range(2))
+    assert (first["title"], first["ok"], first["n"]) == ("half \ufffd", "\U0001f600", 3)
+    assert (second["when"], second["price"], second["raw"]) == (str(when), "1.50", str(b"x"))
+    with pytest.raises(DataError, match="c.parquet: has no column `text`, only body"):
+        shard.shard(inputs[2:], tokenizer, tmp_path / "stop")
+
+
+def test_a_file_is_one_document_without_a_separator(tokenizer: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(f"{TEXTS[0]}<|endoftext|>{TEXTS[1]}")
+    for separator, count in (("<|endoftext|>", 2), ("", 1), ("absent", 1)):
+        documents = [
+            d for c in sources.read([str(tmp_path / "a.txt")], separator=separator) for d in sources.decode(c)[0]
+        ]
+        assert len(documents) == count
+    blocks = b"".join(b"x" * (n % 7 + sources._BLOCK_BYTES - 5) + b"<|endoftext|>" for n in range(4))  # across blocks
+    found = list(sources._plain_text(io.BytesIO(blocks), b"<|endoftext|>"))
+    assert found == [document for document in blocks.split(b"<|endoftext|>") if document]
+
+
+def test_two_runs_do_not_write_into_one_folder(tokenizer: str, tmp_path: Path) -> None:
+    import fcntl
+
+    (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS))
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out" / ".writing", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="another process is writing here"):
+            shard.shard([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "out")
+    shard.shard([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "out")
+
+
 def test_verify_finds_damage(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS))
     shard.shard([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "out")
@@ -343,6 +427,11 @@ def test_verify_finds_damage(tokenizer: str, tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         inspect_shards.main([str(tmp_path / "out"), "--verify"])
     assert "train-000000.tar: sha256" in capsys.readouterr().err
+    (tmp_path / "out" / "validation-000000.tar").unlink()
+    with pytest.raises(SystemExit):
+        inspect_shards.main([str(tmp_path / "out"), "--verify"])
+    told = capsys.readouterr().err
+    assert "train-000000.tar: sha256" in told and "validation-000000.tar: missing" in told, "all that is wrong"
 
 
 def test_openwebtext2_layout(shared_data: Path, tokenizer: str, tmp_path: Path) -> None:
