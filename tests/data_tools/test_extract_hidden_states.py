@@ -217,7 +217,7 @@ def test_ranks_and_interruptions_leave_the_same_bytes(model: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_a_document(tmp_path: Path) -> None:
-    """A book of 160,000 tokens has 330 MB of states in fp32; extraction holds a few groups of windows of them."""
+    """A book of 80,000 tokens has 164 MB of states in fp32; extraction holds a few groups of windows of them."""
     import transformers
 
     shape = {"hidden_size": 512, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8}
@@ -243,13 +243,13 @@ def test_memory_does_not_grow_with_a_document(tmp_path: Path) -> None:
             str(tmp_path / f"s{words}"),
         ]
         done = subprocess.run(
-            [sys.executable, "-c", program, *arguments, "--max-tokens", "256", "--batch-tokens", "1024", "--layer", "-1"],
+            [sys.executable, "-c", program, *arguments, "--max-tokens=256", "--batch-tokens=1024", "--layer=-1"],
             cwd=ROOT, capture_output=True, text=True, check=True,
         )  # fmt: skip
         assert read_manifest(shards)["splits"]["train"]["documents"] == 1
         peaks.append(int(done.stdout.split()[-1]))
     states = read_states_manifest(tmp_path / "s160000")["splits"]["train"]["tokens"] * 512 * 4
-    assert states > 250e6
+    assert states > 150e6
     assert peaks[1] - peaks[0] < 0.25 * states
 
 
