@@ -9,7 +9,7 @@ plan and reads its own rows.
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -84,6 +84,11 @@ class DataConfig:
     def states(self) -> list[str]:
         """The places of teacher states, of the sources that have some."""
         return [source.hidden_states for source in self.sources if source.hidden_states is not None]
+
+    def without_states(self) -> "DataConfig":
+        """The same tokens, no teacher states."""
+        more = tuple(replace(source, hidden_states=None) for source in self.more_sources)
+        return replace(self, hidden_states=None, more_sources=more)
 
 
 @dataclass(frozen=True)
@@ -211,24 +216,21 @@ class TokenStream:
 
     def locate(self, first: int, stop: int) -> Located:
         """The windows of the global samples [first, stop), of any epochs."""
-        chunks = range(first // _CHUNK, -(-stop // _CHUNK))
-        whole = Located.concatenate([self._chunk(number) for number in chunks])
+        chunks, known = range(first // _CHUNK, -(-stop // _CHUNK)), self._chunks
+        self._chunks = {number: known[number] if number in known else self._chunk(number) for number in chunks}
+        whole = Located.concatenate(list(self._chunks.values()))
         return whole[first - chunks.start * _CHUNK : stop - chunks.start * _CHUNK]
 
     def _chunk(self, number: int) -> Located:
-        """The windows of _CHUNK samples, kept for the next steps: numpy's cost is a call's more than an element's."""
-        if number not in self._chunks:
-            if len(self._chunks) > 8:
-                self._chunks.clear()
-            samples = np.arange(number * _CHUNK, (number + 1) * _CHUNK)
-            chosen, positions = self._mixture.locate(samples)
-            table = np.empty((5, _CHUNK), np.int64)
-            for which, source in enumerate(self.sources):
-                own = np.flatnonzero(chosen == which)
-                windows = source.locate(positions[own])
-                table[:, own] = windows.document, windows.start, windows.length, *source.elements(windows)
-            self._chunks[number] = Located(chosen, *table)
-        return self._chunks[number]
+        """The windows of _CHUNK samples at once, as the next steps need them too: numpy's cost is more a call's than an
+        element's."""
+        chosen, positions = self._mixture.locate(np.arange(number * _CHUNK, (number + 1) * _CHUNK))
+        table = np.empty((5, _CHUNK), np.int64)
+        for which, source in enumerate(self.sources):
+            own = np.flatnonzero(chosen == which)
+            windows = source.locate(positions[own])
+            table[:, own] = windows.document, windows.start, windows.length, *source.elements(windows)
+        return Located(chosen, *table)
 
     def plan(self, sample: int) -> StepPlan:
         """The step that begins at global sample `sample`."""

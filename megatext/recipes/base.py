@@ -43,6 +43,8 @@ class Recipe(ABC):
 
     module: nn.Module
     tokenizer_fingerprint: str | None = None
+    reads_states: bool = False
+    """Whether batches must carry teacher states; where not, none are opened or fetched."""
     built_on: Mapping[str, str] = MappingProxyType({})
     """weights_hash of the exported models this one is trained on, by the key that names them in the configuration; a
     checkpoint refuses to go on with others."""

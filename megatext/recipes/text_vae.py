@@ -116,6 +116,7 @@ class TextVAERecipe(Recipe):
         tokenizer = load_tokenizer(self.shards / TOKENIZER_FOLDER)
         self.tokenizer_fingerprint = tokenizer.fingerprint()
         self.teacher = teacher_of(config)
+        self.reads_states = self.teacher is not None
         self.module = make(config, tokenizer.vocab_size)
         initialise(
             self.module, lambda name, p: torch.randn(p.shape, generator=rng.generator(self.seed, f"init/{name}"))

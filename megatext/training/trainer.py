@@ -74,14 +74,15 @@ class Trainer:
         settings = deepspeed_json(config, deepspeed_config, processes.world)
         self._prepare_run_dir()
         self.logger = Logger(self.run_dir, config.logging, is_main=processes.is_main, resolved=to_dict(config))
-        self.stream = TokenStream(config.data, seed=config.seed, rows_per_step=config.training.rows_per_step)
+        data = config.data if recipe.reads_states else config.data.without_states()
+        self.stream = TokenStream(data, seed=config.seed, rows_per_step=config.training.rows_per_step)
         if recipe.tokenizer_fingerprint not in (None, self.stream.tokenizer_fingerprint):
             raise DataError(
                 f"{config.data.shards}: the shards' tokenizer is not the one this model was made for; "
                 "shard the corpus with the model's tokenizer"
             )
         # now, so that a split that is too small ends the run at its start
-        held_out = read_held_out(config, processes.world, self.accumulation)
+        held_out = read_held_out(config, data, processes.world, self.accumulation)
         frozen = [name for name, parameter in recipe.module.named_parameters() if not parameter.requires_grad]
         if frozen:
             raise ConfigError(f"frozen parameters ({frozen[0]}, ...) belong into the recipe, not into its module")

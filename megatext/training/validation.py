@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatext.data.packing import TokenBatch
-from megatext.data.stream import TokenStream
+from megatext.data.stream import DataConfig, TokenStream
 from megatext.recipes.base import Output, Recipe
 from megatext.training.ema import EMA
 from megatext.training.engine import Processes
@@ -18,16 +18,17 @@ from megatext.training.metrics import Meter
 from megatext.training.run_config import RunConfig
 
 
-def read_held_out(config: RunConfig, world: int, accumulation: int) -> list[list[TokenBatch]]:
-    """Every rank's part of the validation batches, on the CPU; raises DataError where the split is too small.
+def read_held_out(config: RunConfig, data: DataConfig, world: int, accumulation: int) -> list[list[TokenBatch]]:
+    """Every rank's part of the validation batches of `data`, on the CPU; raises DataError where the split is too small.
 
     A validation is split over the ranks; what a recipe measures at the end is measured by all of them on all rows, or
     the ranks would export different figures.
     """
     held_out: list[list[TokenBatch]] = [[] for _ in range(world)]
     if config.training.validation_batches:
-        data = dataclasses.replace(config.data, split="validation")
-        stream = TokenStream(data, seed=0, rows_per_step=config.training.rows_per_step)
+        stream = TokenStream(
+            dataclasses.replace(data, split="validation"), seed=0, rows_per_step=config.training.rows_per_step
+        )
         sample = 0
         for _ in range(config.training.validation_batches):
             plan = stream.plan(sample)
