@@ -184,8 +184,8 @@ class TokenStream:
         # all files of all sources, and one of padding
         of_sources = [source.files() for source in self.sources]
         self._first_file = np.cumsum([0] + [len(files) for files in of_sources])
-        self._zeros, self._ramp = np.zeros(config.row_tokens, np.int64), np.arange(config.row_tokens)
-        self._files = [file for files in of_sources for file in files] + [self._zeros.astype(of_sources[0][0].dtype)]
+        padding = np.zeros(config.row_tokens, of_sources[0][0].dtype)
+        self._files = [*(file for files in of_sources for file in files), padding]
         self._window_tokens = float(np.average(window_tokens, weights=counts))
         content = [seed, config.max_tokens, *counts, *(source.content for source in self.sources)]
         self.order_fingerprint = hashlib.sha256(str(content).encode()).hexdigest()
@@ -218,7 +218,8 @@ class TokenStream:
         """The windows of the global samples [first, stop), of any epochs."""
         chunks, known = range(first // _CHUNK, -(-stop // _CHUNK)), self._chunks
         self._chunks = {number: known[number] if number in known else self._chunk(number) for number in chunks}
-        whole = Located.concatenate(list(self._chunks.values()))
+        parts = list(self._chunks.values())
+        whole = parts[0] if len(parts) == 1 else Located.concatenate(parts)
         return whole[first - chunks.start * _CHUNK : stop - chunks.start * _CHUNK]
 
     def _chunk(self, number: int) -> Located:
@@ -253,21 +254,25 @@ class TokenStream:
         """The chosen rows of a step. Reads only their documents."""
         chosen = plan.rows[rows] if isinstance(rows, slice) else [plan.rows[r] for r in rows]
         per_row = np.array([len(samples) for samples in chosen], np.int64)
-        windows = plan.windows[np.concatenate([np.empty(0, np.int64), *chosen]) - plan.first_sample]
+        samples = np.concatenate([np.empty(0, np.int64), *chosen])
+        windows = plan.windows[samples - plan.first_sample]
         shape = (len(chosen), self.config.row_tokens)
         size, file, element, ordinal, begin = self._pieces(windows, per_row)
-        files, sizes = self._files, size.tolist()
-        slices = zip(file.tolist(), element.tolist(), sizes, strict=True)
-        tokens = np.concatenate([files[f][first : first + n] for f, first, n in slices], dtype=np.int64)
-        runs = zip(file.tolist(), sizes, strict=True)
-        position = np.concatenate([(self._zeros if f == len(files) - 1 else self._ramp)[:n] for f, n in runs])
-        segment = np.repeat(ordinal, size)
-        hidden, valid = self._states(windows, begin[ordinal >= 0], shape)
+        slices = zip(file.tolist(), element.tolist(), size.tolist(), strict=True)
+        # joined, then widened: numpy's join that widens takes twice as long
+        tokens = np.concatenate([self._files[f][first : first + n] for f, first, n in slices]).astype(np.int64)
+        position = np.repeat(begin, size)
+        np.subtract(np.arange(len(position)), position, out=position)
+        padding = ordinal < 0
+        for start, n in zip(begin[padding].tolist(), size[padding].tolist(), strict=True):
+            position[start : start + n] = 0
+        first_sample = np.append(samples, -1)[np.where(per_row > 0, np.cumsum(per_row) - per_row, -1)]
+        hidden, valid = self._states(windows, begin[~padding], shape)
         return TokenBatch(
             torch.from_numpy(tokens.reshape(shape)),
-            torch.from_numpy(segment.reshape(shape)),
+            torch.from_numpy(np.repeat(ordinal, size).reshape(shape)),
             torch.from_numpy(position.reshape(shape)),
-            torch.tensor([int(samples[0]) if len(samples) else -1 for samples in chosen], dtype=torch.int64),
+            torch.from_numpy(first_sample),
             DocumentKeys(self.sources, windows, per_row),
             hidden,
             valid,
