@@ -112,15 +112,17 @@ def plan(options: Extraction, split: str) -> list[PlannedPiece]:
 def _stored(
     windows: list[np.ndarray], teacher: Teacher, options: Extraction
 ) -> list[tuple[dict[str, np.ndarray], Any]]:
-    """For each window its arrays, and float64 `[2 * width + 1]`: sums and sums of squares of the channels, and the sum
-    of cosines between stored and true states."""
+    """For each window its arrays, and float64 `[2 * width + 2]`: sums and sums of squares of the channels, the sum of
+    cosines between stored and true states, and of how many tokens: of every 16th window, as the CPU computes them."""
     results = []
-    for states in teacher.states_in_order(windows, options.batch_tokens):
+    for number, states in enumerate(teacher.states_in_order(windows, options.batch_tokens)):
         arrays = to_stored(states, options.storage)
-        kept = from_stored(arrays["hidden"], arrays.get("scale")).double()
-        exact = states.double()
-        cosine = torch.cosine_similarity(kept, exact.cpu(), dim=1).sum()
-        sums = torch.cat((exact.sum(0).cpu(), exact.square().sum(0).cpu(), cosine[None]))
+        sums = torch.zeros(2 * teacher.width + 2, dtype=torch.float64)
+        sums[:-2] = torch.cat((states.double().sum(0), states.double().square().sum(0)))
+        if number % 16 == 0:
+            kept = from_stored(arrays["hidden"], arrays.get("scale")).float()
+            sums[-2] = torch.cosine_similarity(kept, states.float().cpu(), dim=1).sum()
+            sums[-1] = len(kept)
         results.append((arrays, sums))
     return results
 
@@ -141,7 +143,7 @@ def _groups(piece: PlannedPiece, options: Extraction) -> Iterator[list[np.ndarra
 def write_piece(teacher: Teacher, piece: PlannedPiece, options: Extraction, of: str, bar: Any) -> None:
     """The piece's file, and a record of it beside it; both appear whole. Memory is that of a few groups of windows."""
     output = Path(options.output)
-    total = torch.zeros(2 * teacher.width + 1, dtype=torch.float64)
+    total = torch.zeros(2 * teacher.width + 2, dtype=torch.float64)
     writer = ShardWriter(output / piece.name)
     try:
         with ThreadPoolExecutor(1) as pool:  # the next group is computed while one is written
@@ -242,10 +244,10 @@ def finish(options: Extraction, split: str, of: str, pieces: list[PlannedPiece],
             "shards": [record["entry"] for record in whole],
         }
         if tokens:
-            sums = torch.tensor([record["sums"] for record in whole], dtype=torch.float64).sum(0) / tokens
-            mean, square, cosine = sums[:width], sums[width:-1], float(sums[-1])
+            sums = torch.tensor([record["sums"] for record in whole], dtype=torch.float64).sum(0)
+            mean, square = sums[:width] / tokens, sums[width:-2] / tokens
             std = (square - mean.square()).clamp(min=1e-12).sqrt()
             # of every channel: REPA standardises with them
-            content |= {"mean": mean.tolist(), "std": std.tolist(), "storage_cosine": cosine}
+            content |= {"mean": mean.tolist(), "std": std.tolist(), "storage_cosine": float(sums[-2] / sums[-1])}
         manifest["splits"][split] = content
         write_json(output / MANIFEST, manifest)
