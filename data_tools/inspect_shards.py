@@ -135,7 +135,8 @@ def main(argv: list[str] | None = None) -> None:
             print("verified: checksums, counts, ids and ends of documents agree with the manifest")
         lengths = {}
         for split, content in manifest["splits"].items():
-            parts = [TarIndex(directory / entry["file"]).lengths for entry in content["shards"]]
+            entries = content["shards"]
+            parts = [TarIndex(directory / entry["file"], sha256=entry["sha256"]).lengths for entry in entries]
             lengths[split] = np.concatenate([np.empty(0, np.int64), *parts])
         print_statistics(directory, manifest, lengths)
         if options.histogram:
