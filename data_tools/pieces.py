@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_tools.shard import ordered_map
+from data_tools.ordered_map import ordered_map
 from data_tools.teacher import Teacher
 from megatext.data import DataError
 from megatext.data.hidden_states import (

@@ -12,18 +12,18 @@ import re
 import signal
 import sys
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
 from data_tools import sources
 from data_tools.hash_set import HashFile, HashSet
+from data_tools.ordered_map import ordered_map
 from megatext.config import cli_errors
 from megatext.data import DataError
 from megatext.data.shards import (
@@ -48,8 +48,6 @@ _SEEN = ".seen.bin"
 _SAME_DOCUMENT = "case and white space ignored"
 """What the manifest says of `text_identity`."""
 _DEFAULT_TOKENIZER = "Qwen/Qwen3-1.7B"
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -153,22 +151,6 @@ def encode_chunk(chunk: sources.Chunk) -> Encoded:
     place = (chunk.stream + 1, 0) if chunk.problem else (chunk.stream, chunk.first + len(chunk.items))
     joined = np.frombuffer(b"".join(identities), "<u8").reshape(-1, 2)
     return Encoded(place, chunk.done, joined, tokens, samples, dict(Counter(filter(None, reasons))), problems)
-
-
-def ordered_map(
-    pool: Executor | None, function: Callable[[_Item], _Result], items: Iterable[_Item], ahead: int
-) -> Iterator[_Result]:
-    """`map` in order over a pool with at most `ahead` items in flight, so that a corpus is never read into memory."""
-    if pool is None:
-        yield from map(function, items)
-        return
-    waiting: deque[Future[_Result]] = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) >= ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 class _SplitWriter:

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 from data_tools import pydocs
+from data_tools.raw_readers import text_documents, zstd_lines
 from megatext.data import DataError
 
 DOCUMENTS_PER_CHUNK = 256
@@ -27,7 +28,6 @@ BYTES_PER_CHUNK = 1 << 20
 """A chunk ends at whichever comes first: books would fill the memory of all workers."""
 SEPARATOR = "<|endoftext|>"
 """Ends a document in .txt files, as in TinyStories' own; a file without one is one document."""
-_BLOCK_BYTES = 1 << 20
 _SUFFIXES = (".jsonl.zst.tar", ".jsonl.zst", ".jsonl.gz", ".jsonl", ".txt", ".parquet")
 
 
@@ -236,7 +236,7 @@ def _bytes_of(item: Item) -> int:
 
 
 _READ_ERRORS = (EOFError, tarfile.TarError, OSError, zlib.error)
-"""What a file that is damaged or ends too early raises; zstd's own error becomes an EOFError in `_zstd`."""
+"""What a file that is damaged or ends too early raises; zstd's own error becomes an EOFError in `zstd_lines`."""
 
 
 def _problem_of(where: str, error: BaseException) -> Problem:
@@ -311,13 +311,13 @@ def _reader(
     text: str, file: BinaryIO, separator: str
 ) -> tuple[Literal["line", "row", "document"], Callable[[], Iterator[Item]]]:
     if text.endswith(".zst"):
-        return "line", partial(_zstd, file)
+        return "line", partial(zstd_lines, file)
     if text.endswith(".gz"):
         return "line", partial(iter, gzip.GzipFile(fileobj=file))
     if text.endswith(".jsonl"):
         return "line", partial(iter, file)
     if text.endswith(".txt"):
-        return "document", partial(_plain_text, file, separator.encode())
+        return "document", partial(text_documents, file, separator.encode())
     return "row", partial(_parquet, text, file)
 
 
@@ -338,45 +338,7 @@ def _name(text: str, names: set[str]) -> str:
 def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[bytes]:
     stream = tar.extractfile(member)
     assert stream is not None
-    yield from _zstd(stream)
-
-
-def _zstd(stream: IO[bytes]) -> Iterator[bytes]:
-    """Lines. OpenWebText2's files are one frame without its content's size, so they cannot be read at once; and a
-    frame that breaks off is an error, which zstandard's own stream reader keeps to itself."""
-    import zstandard
-
-    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-    frame = decompressor.decompressobj()
-    rest, inside = b"", False
-    try:
-        while block := stream.read(_BLOCK_BYTES):
-            while block:
-                *lines, rest = (rest + frame.decompress(block)).split(b"\n")
-                yield from lines
-                inside, block = not frame.eof, frame.unused_data
-                if frame.eof:
-                    frame = decompressor.decompressobj()
-    except zstandard.ZstdError as error:
-        raise EOFError(str(error)) from error
-    if inside:
-        raise EOFError("its zstd frame breaks off")
-    if rest:
-        yield rest
-
-
-def _plain_text(file: BinaryIO, separator: bytes) -> Iterator[bytes]:
-    """Documents between separators, or the whole file where that is empty; what is blank is none."""
-    held = bytearray()
-    while block := file.read(_BLOCK_BYTES):
-        start = max(0, len(held) + 1 - len(separator))
-        held += block
-        if separator and held.find(separator, start) >= 0:
-            *whole, rest = held.split(separator)
-            held = rest
-            yield from (bytes(document) for document in whole if document.strip())
-    if held.strip():
-        yield bytes(held)
+    yield from zstd_lines(stream)
 
 
 def _parquet(text: str, file: BinaryIO) -> Iterator[dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from data_tools import inspect_shards, shard, sources, train_tokenizer
+from data_tools import inspect_shards, raw_readers, shard, sources, train_tokenizer
 from megatext.data import DataError
 from megatext.data.tar_index import TarIndex
 from megatext.tokenizer import load_tokenizer
@@ -280,7 +280,7 @@ def test_problems_name_file_and_line_and_are_counted(tokenizer: str, tmp_path: P
 
 
 def test_text_files_are_split_where_the_separator_stands(tokenizer: str, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(sources, "_BLOCK_BYTES", 7)  # separators lie across blocks
+    monkeypatch.setattr(raw_readers, "BLOCK_BYTES", 7)  # separators lie across blocks
     (tmp_path / "a.txt").write_text("one\n\ntwo--three é--\n--four")
     shard.shard([str(tmp_path / "a.txt")], tokenizer, tmp_path / "out", separator="--")
     assert sorted(texts_of(tmp_path / "out").values()) == sorted(["one\n\ntwo", "three é", "four"])
@@ -393,18 +393,6 @@ def test_metadata_of_any_kind_is_written(tokenizer: str, tmp_path: Path) -> None
         shard.shard(inputs[2:], tokenizer, tmp_path / "stop")
 
 
-def test_a_file_is_one_document_without_a_separator(tokenizer: str, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text(f"{TEXTS[0]}<|endoftext|>{TEXTS[1]}")
-    for separator, count in (("<|endoftext|>", 2), ("", 1), ("absent", 1)):
-        documents = [
-            d for c in sources.read([str(tmp_path / "a.txt")], separator=separator) for d in sources.decode(c)[0]
-        ]
-        assert len(documents) == count
-    blocks = b"".join(b"x" * (n % 7 + sources._BLOCK_BYTES - 5) + b"<|endoftext|>" for n in range(4))  # across blocks
-    found = list(sources._plain_text(io.BytesIO(blocks), b"<|endoftext|>"))
-    assert found == [document for document in blocks.split(b"<|endoftext|>") if document]
-
-
 def test_two_runs_do_not_write_into_one_folder(tokenizer: str, tmp_path: Path) -> None:
     import fcntl
 
@@ -463,12 +451,3 @@ def test_openwebtext2_with_qwen3_as_webdataset_reads_it(shared_data: Path, tmp_p
         assert tokens.dtype == "uint32" and tokens[-1] == 151_643 and 151_643 not in tokens[:-1]
         assert tokenizer.decode(tokens.tolist()) == originals[sample["__key__"]]
         assert sample["json"]["n_tokens"] == len(tokens)
-
-
-def test_lm_dataformat_archive(shared_data: Path) -> None:
-    path = shared_data / "web" / "lm_dataformat_test" / "blns.jsonl.zst.tar"
-    documents = [d for chunk in sources.read([str(path)]) for d in sources.decode(chunk)[0]]
-    assert len({d.key for d in documents}) == len(documents)
-    naughty = path.with_name("blns.txt").read_text().strip()
-    written = [naughty, "testing 123\n\ntesting 345", naughty, "testing 123456789"]  # as lm_dataformat's own test
-    assert [d.text for d in documents] == written * 2
