@@ -1,17 +1,11 @@
-"""Processes, devices and DeepSpeed: who we are, what its JSON says, and a quiet engine.
+"""Processes, devices and DeepSpeed: who we are, and a quiet engine."""
 
-The JSON files in ds_configs/ hold what ZeRO and its communication may be tuned by. Everything else that DeepSpeed
-must know (batch sizes, precision, clipping) is taken from the run's configuration, so there is one place to change it.
-"""
-
-import json
 import logging
 import os
 import socket
 import sys
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -22,34 +16,6 @@ from megatext.training.optimizer import MuonAdamW
 
 if TYPE_CHECKING:
     from megatext.training.run_config import RunConfig
-
-FREE_KEYS = {
-    "zero_optimization",
-    "comms_logger",
-    "aio",
-    "prescale_gradients",
-    "sparse_gradients",
-    "communication_data_type",
-    "memory_breakdown",
-    "timeout",
-}
-"""Top-level keys that a file of ds_configs/ may set."""
-OWNED_KEYS = {
-    "train_batch_size": "training.rows_per_step",
-    "train_micro_batch_size_per_gpu": "training.micro_batch_rows",
-    "gradient_accumulation_steps": "training.rows_per_step and training.micro_batch_rows",
-    "gradient_clipping": "optimizer.clip_norm",
-    "optimizer": "optimizer.name and its neighbours",
-    "scheduler": "optimizer.schedule",
-    "bf16": "training.precision",
-    "fp16": "training.precision",
-    "data_types": "training.precision",
-    "zero_allow_untested_optimizer": "optimizer.name",
-    "steps_per_print": "logging.log_every_steps",
-    "wandb": "logging.wandb_project",
-}
-"""Keys that DeepSpeed knows and the run's configuration decides, with where."""
-
 
 Precision = Literal["auto", "bf16", "fp32"]
 """Of weights and activations, as `training.precision` names it."""
@@ -77,7 +43,7 @@ def start_processes() -> Processes:
         os.environ.setdefault(name, alone)
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port()) if os.environ["WORLD_SIZE"] == "1" else "29500"
-    deepspeed = _import_deepspeed()
+    deepspeed = import_deepspeed()
     # The shared-memory all-reduce for CPU ranks is compiled at first use, which needs ninja, a compiler and half a
     # minute; gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -107,7 +73,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _import_deepspeed() -> Any:
+def import_deepspeed() -> Any:
     """DeepSpeed, without its start-up chatter. It must be imported after DS_ACCELERATOR is set."""
     deprecated = "all_gather_into|_all_gather_base|reduce_scatter_tensor|_reduce_scatter_base"
     warnings.filterwarnings("ignore", message=rf".*torch\.distributed\.({deprecated}).*")
@@ -140,55 +106,12 @@ def accumulation_steps(config: "RunConfig", world: int) -> int:
     return training.rows_per_step // per_pass
 
 
-def deepspeed_json(config: "RunConfig", path: Path | None, world: int) -> dict[str, Any]:
-    """What DeepSpeed is initialised with. Raises ConfigError for keys that are unknown or not the file's business."""
-    if path is None:
-        # On one process there is nothing to shard: stage 1 is the cheapest that keeps fp32 masters of bf16 weights.
-        own: dict[str, Any] = {"zero_optimization": {"stage": 1 if world == 1 else 3}}
-    else:
-        try:
-            own = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise ConfigError(f"--deepspeed_config {path}: {error}") from None
-        for key in own:
-            if key in OWNED_KEYS:
-                raise ConfigError(f"{path}: '{key}' is set by {OWNED_KEYS[key]} of the run's config; remove it here")
-            if key not in FREE_KEYS:
-                raise ConfigError(f"{path}: unknown key '{key}'; allowed are {', '.join(sorted(FREE_KEYS))}")
-    zero = own.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
-    precision = config.training.precision
-    assert precision != "auto", "chosen_precision decides it first"
-    if stage not in (0, 1, 2, 3):
-        raise ConfigError(f"{path}: zero_optimization.stage is {stage!r}; 0, 1, 2 and 3 exist")
-    if stage == 0 and precision == "bf16":
-        raise ConfigError(f"{path}: ZeRO stage 0 has no fp32 accumulation for bf16 weights; use stage 1 or fp32")
-    for key in ("offload_optimizer", "offload_param"):
-        if zero.get(key, {}).get("device") == "nvme":
-            raise ConfigError(f"{path}: zero_optimization.{key} to nvme is not supported; use cpu")
-    if zero.get("round_robin_gradients") or zero.get("parameter_alignment"):
-        raise ConfigError(f"{path}: round_robin_gradients and parameter_alignment are not supported")
-    return {
-        **own,
-        "communication_data_type": own.get("communication_data_type", "fp32"),
-        "train_batch_size": config.training.rows_per_step,
-        "train_micro_batch_size_per_gpu": config.training.micro_batch_rows,
-        "gradient_accumulation_steps": accumulation_steps(config, world),
-        "gradient_clipping": config.optimizer.clip_norm if stage else 0.0,  # the optimizer's own under ZeRO 0
-        "bf16": {"enabled": precision == "bf16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": sys.maxsize,
-    }
-
-
 def build_engine(module: nn.Module, optimizer: MuonAdamW, settings: dict[str, Any]) -> Any:
     """A DeepSpeed engine around `module`. Moves the module to the device and its parameters to their precision.
 
     Floating-point buffers stay what they were: statistics and rotary tables do not survive bf16.
     """
-    deepspeed = _import_deepspeed()
+    deepspeed = import_deepspeed()
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers() if buffer.is_floating_point()}
     with _no_stdout_from_deepspeed():
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)

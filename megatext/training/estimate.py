@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from megatext.training.engine import accumulation_steps, deepspeed_json
+from megatext.training.deepspeed_json import deepspeed_json
+from megatext.training.engine import accumulation_steps
 from megatext.training.metrics import duration, peak_tflops
 from megatext.training.run_config import RunConfig
 

@@ -23,12 +23,12 @@ from megatext.data.packing import TokenBatch
 from megatext.data.stream import TokenStream
 from megatext.recipes.base import Output, Prepared, Recipe
 from megatext.training import checkpoint
+from megatext.training.deepspeed_json import deepspeed_json
 from megatext.training.engine import (
     Processes,
     accumulation_steps,
     build_engine,
     chosen_precision,
-    deepspeed_json,
     start_processes,
 )
 from megatext.training.guards import StepGuard

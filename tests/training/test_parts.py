@@ -12,7 +12,8 @@ from torch import nn
 
 from megatext.config import ConfigError
 from megatext.data.stream import DataConfig
-from megatext.training.engine import Processes, accumulation_steps, chosen_precision, deepspeed_json
+from megatext.training.deepspeed_json import deepspeed_json
+from megatext.training.engine import Processes, accumulation_steps, chosen_precision
 from megatext.training.estimate import flops_per_token, state_gib
 from megatext.training.metrics import Logger, LoggingConfig, Meter, console_line, duration
 from megatext.training.optimizer import OptimizerConfig, build_optimizer, orthogonalize
@@ -103,19 +104,36 @@ def test_shipped_deepspeed_files(name: str) -> None:
     ("content", "message"),
     [
         ({"gradient_clipp1ng": 1}, "unknown key 'gradient_clipp1ng'"),
-        ({"gradient_clipping": 1}, "set by optimizer.clip_norm"),
-        ({"bf16": {"enabled": True}}, "set by training.precision"),
+        ({"gradient_clipp1ng": 1}, "did you mean 'gradient_clipping'"),
+        ({"gradient_clipping": 0.5}, r"gradient_clipping is 0.5, but the run's config says 1.0 \(optimizer.clip_norm\)"),
+        ({"train_batch_size": 64}, r"train_batch_size is 64, but .* says 32 \(training.rows_per_step\)"),
+        ({"bf16": {"enabled": False}}, r'bf16 is {"enabled": false}, but .* \(training.precision bf16\)'),
+        ({"bf16": {"enabled": True, "immediate_grad_update": True}}, "bf16 is .* remove it here"),
+        ({"optimizer": {"type": "Adam"}}, "'optimizer' is set by optimizer.name and its neighbours"),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_sise": 5}}, "did you mean 'zero_optimization.reduce_bucket_size'"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin_memmory": True}}},
+            "did you mean 'zero_optimization.offload_param.pin_memory'",
+        ),
+        ([], "expected an object"),
         ({"zero_optimization": {"stage": 4}}, "stage is 4"),
         ({"zero_optimization": {"stage": 0}}, "stage 0 has no fp32 accumulation"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "nvme is not supported"),
     ],
 )
-def test_deepspeed_files_that_are_refused(tmp_path: Path, content: dict[str, object], message: str) -> None:
+def test_deepspeed_files_that_are_refused(tmp_path: Path, content: object, message: str) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=message) as caught:
         deepspeed_json(config(), path, world=1)
     assert str(path) in str(caught.value)
+
+
+def test_deepspeed_files_may_repeat_what_the_configuration_says(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    same = {"train_batch_size": 32, "gradient_clipping": 1, "bf16": {"enabled": True}, "fp16": {"enabled": "auto"}}
+    path.write_text(json.dumps(same | {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 2}}))
+    assert deepspeed_json(config(), path, world=1)["train_micro_batch_size_per_gpu"] == 32
 
 
 def test_accumulation_follows_or_is_refused() -> None:
