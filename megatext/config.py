@@ -30,6 +30,10 @@ class ConfigError(ValueError):
     """A configuration that cannot be run. The message is one line for the user: where, what, and what to do."""
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on. The message is for the user; every rank raises it."""
+
+
 @dataclass(frozen=True)
 class Flags:
     """What a launcher is told besides the configuration."""
@@ -129,9 +133,9 @@ def cli_errors() -> Iterator[None]:
 
     try:
         yield
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, RunError) as error:
         rank = int(os.environ.get("RANK", "0"))
-        if rank == 0 or not isinstance(error, ConfigError):  # a wrong configuration is wrong on all ranks alike
+        if rank == 0 or isinstance(error, DataError):  # the others are alike on all ranks
             print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except OSError as error:

@@ -6,24 +6,31 @@ from pathlib import Path
 from megatext.config import ConfigError, from_dict
 from megatext.recipes import build_recipe, config_class
 from megatext.training import checkpoint
+from megatext.training.ema import ema_key
 from megatext.training.run_state import check_built_on
 
 
-def export(run: Path, output: Path, *, raw: bool = False, step: int | None = None) -> Path:
+def export(
+    run: Path, output: Path, *, raw: bool = False, ema: float | None = None, step: int | None = None
+) -> tuple[Path, str]:
     """Write the model of a run's newest whole checkpoint (or that of `step`) to the directory `output`.
 
-    The averaged weights where the run has them, the raw ones with `raw`. Returns the checkpoint that was read. Raises
-    ConfigError.
+    The average of decay `ema`, by default the run's first one; the raw weights with `raw`, or where the run keeps no
+    average. Returns the checkpoint that was read, and which weights were. Raises ConfigError.
     """
     path = _choose(run, step)
     reader = checkpoint.Reader(path)
     where = str(path / "meta.json")
     config = from_dict(config_class(reader.meta["config_class"]), reader.meta["config"], where)
     recipe = build_recipe(config)
-    check_built_on(path, reader.meta.get("built_on", {}), recipe.built_on)
+    check_built_on(path, reader.meta["built_on"], recipe.built_on)
+    decays = config.training.ema_decays
+    if ema is not None and ema not in decays:
+        raise ConfigError(f"{run} has no average of decay {ema}; it has {', '.join(map(str, decays)) or 'none'}")
+    key = "master" if raw or not decays else ema_key(ema if ema is not None else decays[0])
     output.mkdir(parents=True, exist_ok=True)
-    recipe.export(reader.state_dict("ema" if reader.has("ema") and not raw else "master"), output)
-    return path
+    recipe.export(reader.state_dict(key), output)
+    return path, "raw weights" if key == "master" else f"averaged weights (decay {key.removeprefix('ema_')})"
 
 
 def _choose(run: Path, step: int | None) -> Path:
@@ -47,8 +54,12 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--run", type=Path, required=True, help="the run_dir")
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
-    parser.add_argument("--raw", action="store_true", help="the last weights, not their average")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--ema", type=float, metavar="DECAY", nargs="?", help="the average of this decay; by default the run's first"
+    )
+    weights.add_argument("--raw", action="store_true", help="the last weights, not their average")
     parser.add_argument("--step", type=int, help="the checkpoint of this step instead of the newest")
     arguments = parser.parse_args(argv)
-    path = export(arguments.run, arguments.output, raw=arguments.raw, step=arguments.step)
-    print(f"exported {path} to {arguments.output}")
+    path, which = export(arguments.run, arguments.output, raw=arguments.raw, ema=arguments.ema, step=arguments.step)
+    print(f"exported the {which} of {path} to {arguments.output}")

@@ -31,11 +31,18 @@ class TokenBatch:
     """bool `[rows, row_tokens]`: where `hidden` holds a teacher state."""
 
     def to(self, device: torch.device | str) -> "TokenBatch":
-        """The same batch with every tensor on `device`."""
+        """The same batch on `device`; `row_index` stays on the CPU, where random draws are made from it."""
         moved: dict[str, Any] = {
-            k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor) and name != "row_index"
         }
         return replace(self, **moved)
+
+    def pinned(self) -> "TokenBatch":
+        """The same batch in memory that a GPU reads from without making the host wait."""
+        pinned: dict[str, Any] = {name: v.pin_memory() for name, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **pinned)
 
 
 def best_fit_decreasing(lengths: np.ndarray, rows: int, row_tokens: int) -> np.ndarray | None:

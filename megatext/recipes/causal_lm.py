@@ -43,8 +43,8 @@ class CausalLMConfig:
     """Base of the rotary frequencies."""
     attention: Literal["eager", "sdpa"] | None = None
     """None: eager on a CPU, where SDPA with a mask is slow for short rows, sdpa on a GPU."""
-    activation_checkpointing: bool = False
-    """Recompute each layer in the backward pass."""
+    activation_checkpointing: int = 0
+    """Recompute every n-th layer in the backward pass; 0 keeps all activations."""
     logits_chunk_tokens: int | None = None
     """Compute logits and loss for this many tokens at a time, recomputed in the backward pass: saves memory where
     the vocabulary is large. None: all at once."""
@@ -209,6 +209,8 @@ def make(config: PretrainLMConfig, vocab_size: int, eos_id: int = 0, pad_id: int
     lm = Qwen3ForCausalLM(architecture).float()
     if model.activation_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for number, layer in enumerate(lm.model.layers):
+            layer.gradient_checkpointing = number % model.activation_checkpointing == 0
     return CausalLM(lm, model.logits_chunk_tokens)
 
 

@@ -16,8 +16,11 @@ import json
 import os
 import re
 import shutil
+import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ from megatext.config import ConfigError
 from megatext.data import DataError
 from megatext.training.partitions import Fragment, Partitions
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _NAME = re.compile(r"step-(\d{8})$")
 
 
@@ -41,18 +44,29 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's name tells."""
+    found = _NAME.match(path.name)
+    assert found is not None
+    return int(found[1])
+
+
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Committed checkpoints of a run, oldest first. Unfinished ones are not listed."""
-    found = (run_dir / "checkpoints").glob("step-*")
-    return sorted(path for path in found if _NAME.match(path.name) and (path / "COMPLETE").is_file())
+    """Checkpoints of a run, oldest first, whole or damaged. Unfinished ones are not listed."""
+    return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if _NAME.match(path.name))
 
 
 def verify(path: Path, files: Callable[[int], bool] = lambda index: True) -> None:
     """Check sizes and checksums of (a selection of) the files. Raises DamagedCheckpoint naming the file."""
     try:
-        listed = json.loads((path / "COMPLETE").read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DamagedCheckpoint(f"{path / 'COMPLETE'}: {error}") from None
+        listed = dict(json.loads((path / "COMPLETE").read_text(encoding="utf-8"))["files"])
+        ranks = json.loads((path / "meta.json").read_text(encoding="utf-8"))["world_size"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"{path}: COMPLETE or meta.json cannot be read ({error})") from None
+    wanted = {"buffers.pt", "meta.json", *(f"rank-{rank:05d}.pt" for rank in range(ranks))}
+    if listed.keys() != wanted:
+        name = min(listed.keys() ^ wanted)
+        raise DamagedCheckpoint(f"{path / 'COMPLETE'} is not this checkpoint's: {name} is in one of them only")
     for index, (name, expected) in enumerate(sorted(listed.items())):
         if files(index) and (not (path / name).is_file() or _fingerprint(path / name) != expected):
             raise DamagedCheckpoint(f"{path / name} is missing or was changed after it was written")
@@ -89,38 +103,132 @@ def _fingerprint(path: Path) -> dict[str, int]:
     return {"bytes": path.stat().st_size, "crc32": crc}
 
 
-def save(
-    path: Path,
+@dataclass
+class Content:
+    """What one rank writes: tensors of its own on the CPU, so that training may go on meanwhile."""
+
+    part: dict[str, Any]
+    """This rank's fragments, and its flat tensors laid out like the master weights."""
+    rest: dict[str, Any]
+    """Buffers and scalars, alike on all ranks."""
+    meta: dict[str, Any]
+    """What meta.json will hold."""
+
+    @property
+    def bytes(self) -> int:
+        """Size of this rank's tensors."""
+        flat = [tensor for tensors in self.part["flat"].values() for tensor in tensors if tensor is not None]
+        return sum(tensor.numel() * tensor.element_size() for tensor in flat)
+
+
+def snapshot(
     partitions: Partitions,
     flat: dict[str, list[Tensor | None]],
     scalars: dict[str, Any],
     buffers: dict[str, Tensor],
     meta: dict[str, Any],
-) -> None:
-    """Write a checkpoint. Every rank calls it.
+) -> Content:
+    """Copy a run's state to the CPU.
 
-    `flat`: named lists of tensors, one for each partition and laid out like its master ("master", "ema", "exp_avg",
-    ...); None where a partition has no such tensor. `scalars` must be alike on all ranks.
-    Raises DataError, on every rank, where the disk refuses.
+    `flat`: named lists of tensors, one for each partition and laid out like its master ("master", "ema_0.999",
+    "exp_avg", ...); None where a partition has no such tensor. `scalars` must be alike on all ranks.
     """
     rank = partitions.rank
+    fragments = {
+        f.name: (f.start, f.length, index, f.offset)
+        for index, part in enumerate(partitions.parts)
+        for f in part.fragments[rank]
+    }
+    copies = {
+        key: [
+            _copy(tensor) if tensor is not None and part.fragments[rank] else None
+            for tensor, part in zip(tensors, partitions.parts, strict=True)
+        ]
+        for key, tensors in flat.items()
+    }
+    rest = {"buffers": {name: _copy(buffer) for name, buffer in buffers.items()}, "scalars": scalars}
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()  # the copies are under way
+    shapes = {name: list(shape) for name, shape in partitions.shapes.items()}
+    identity = {"format_version": FORMAT_VERSION, "world_size": dist.get_world_size()}
+    return Content({"fragments": fragments, "flat": copies}, rest, identity | meta | {"shapes": shapes})
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """On the CPU, never the same memory; from a GPU through pinned memory and not waited for."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return copy.copy_(tensor.detach(), non_blocking=True)
+
+
+class Saver:
+    """Writes a run's checkpoints, one at a time, with `beside` while training goes on.
+
+    Every rank makes one, and calls its methods in the same order. The ranks agree on a checkpoint in a process group of
+    its own, so that their other collectives are not disturbed.
+    """
+
+    def __init__(self, *, beside: bool, say: Callable[[str], None]) -> None:
+        self.beside, self.say = beside, say
+        self._group = dist.new_group(backend="gloo")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    def save(self, path: Path, content: Content, done: Callable[[float], None], *, wait: bool = False) -> None:
+        """Write a checkpoint; rank 0 calls `done` with the seconds it took. A collective.
+
+        A write beside the training that fails is a warning, and the next one is waited for. Raises DataError, on every
+        rank, where a write that is waited for fails.
+        """
+        wait = wait or not self.beside or self.wait() is not None
+        self._writing = self._thread.submit(self._write, path, content, done)
+        if wait and (error := self.wait()) is not None:
+            raise DataError(f"{error}; free the disk and start the same command again: it continues from the last one")
+
+    def wait(self) -> DataError | None:
+        """Until nothing is being written any more; what the last write failed of. A collective."""
+        writing, self._writing = self._writing, None
+        try:
+            if writing is not None:
+                writing.result()
+        except DataError as error:
+            return error
+        return None
+
+    def _write(self, path: Path, content: Content, done: Callable[[float], None]) -> None:
+        started = time.perf_counter()
+        try:
+            write(path, content, self._group)
+        except DataError as error:
+            self.say(f"warning: {error}")  # now: who waits for it may do so much later
+            raise
+        if dist.get_rank() == 0:
+            done(time.perf_counter() - started)
+
+
+def write(path: Path, content: Content, group: dist.ProcessGroup) -> None:
+    """Write a checkpoint. A collective of `group`. Raises DataError, on every rank, where the disk refuses."""
+    rank = dist.get_rank()
     work = path.with_name(f".unfinished-{path.name}")
     files: dict[str, dict[str, int]] = {}
+    sizes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(sizes, content.bytes, group=group)
 
     def begin() -> None:
         if rank == 0:
-            shutil.rmtree(work, ignore_errors=True)
+            for abandoned in path.parent.glob(".unfinished-*"):
+                shutil.rmtree(abandoned, ignore_errors=True)
             work.mkdir(parents=True)
+            needed, free = sum(sizes), shutil.disk_usage(work).free
+            if needed > free:
+                raise OSError(f"it takes {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free")
 
-    def write() -> None:
+    def write_own() -> None:
         name = f"rank-{rank:05d}.pt"
-        torch.save(_own_part(partitions, flat), work / name)
+        torch.save(content.part, work / name)
         files[name] = _fingerprint(work / name)
         if rank == 0:
-            torch.save({"buffers": buffers, "scalars": scalars}, work / "buffers.pt")
-            whole = {"format_version": FORMAT_VERSION, "world_size": dist.get_world_size(), **meta}
-            whole["shapes"] = {name: list(shape) for name, shape in partitions.shapes.items()}
-            (work / "meta.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
+            torch.save(content.rest, work / "buffers.pt")
+            (work / "meta.json").write_text(json.dumps(content.meta, indent=1), encoding="utf-8")
             files.update({name: _fingerprint(work / name) for name in ("buffers.pt", "meta.json")})
 
     def commit() -> None:
@@ -133,34 +241,15 @@ def save(
                 shutil.rmtree(path)
             work.rename(path)
 
-    _together(begin, path, work)
-    _together(write, path, work)
+    _together(begin, path, work, group)
+    _together(write_own, path, work, group)
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, files)
+    dist.all_gather_object(gathered, files, group=group)
     every = {name: entry for entries in gathered for name, entry in entries.items()}
-    _together(commit, path, work)
+    _together(commit, path, work, group)
 
 
-def _own_part(partitions: Partitions, flat: dict[str, list[Tensor | None]]) -> dict[str, Any]:
-    """What this rank's file holds: its fragments, and its flat tensors on the CPU."""
-    rank = partitions.rank
-    return {
-        "fragments": {
-            f.name: (f.start, f.length, index, f.offset)
-            for index, part in enumerate(partitions.parts)
-            for f in part.fragments[rank]
-        },
-        "flat": {
-            key: [
-                tensor.detach().cpu() if tensor is not None and part.fragments[rank] else None
-                for tensor, part in zip(tensors, partitions.parts, strict=True)
-            ]
-            for key, tensors in flat.items()
-        },
-    }
-
-
-def _together(act: Callable[[], None], path: Path, work: Path) -> None:
+def _together(act: Callable[[], None], path: Path, work: Path, group: dist.ProcessGroup) -> None:
     """Every rank acts; where the disk refuses one of them, all clean up and raise DataError."""
     failure = None
     try:
@@ -168,21 +257,19 @@ def _together(act: Callable[[], None], path: Path, work: Path) -> None:
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         failure = f"rank {dist.get_rank()}: {error}"
     failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
+    dist.all_gather_object(failures, failure, group=group)
     if any(failures):
         if dist.get_rank() == 0:
             shutil.rmtree(work, ignore_errors=True)
-        raise DataError(
-            f"the checkpoint {path} could not be written: {next(filter(None, failures))}; remove the cause and start "
-            "the same command again, it continues from the checkpoint before"
-        )
+        raise DataError(f"the checkpoint {path} could not be written: {next(filter(None, failures))}")
 
 
-def prune(run_dir: Path, keep_last: int) -> None:
-    """Delete the oldest checkpoints beyond `keep_last`, and what killed processes left half-written. Rank 0 only."""
-    unfinished = (run_dir / "checkpoints").glob(".unfinished-*")
-    for path in (*list_checkpoints(run_dir)[:-keep_last], *unfinished):
-        shutil.rmtree(path, ignore_errors=True)
+def prune(run_dir: Path, keep_last: int, keep_every_steps: int) -> None:
+    """Delete the oldest checkpoints beyond `keep_last`, but not those of multiples of `keep_every_steps` (0: none).
+    Rank 0 only."""
+    for path in list_checkpoints(run_dir)[:-keep_last]:
+        if not keep_every_steps or step_of(path) % keep_every_steps:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class Reader:
@@ -201,9 +288,10 @@ class Reader:
             for file in sorted(path.glob("rank-*.pt"))
         ]
 
-    def has(self, key: str) -> bool:
-        """Whether any parameter has a tensor called `key`."""
-        return any(tensor is not None for rank in self.ranks for tensor in rank["flat"].get(key, ()))
+    @property
+    def keys(self) -> list[str]:
+        """The kinds of tensors that are stored: master, exp_avg, ema_0.999, ..."""
+        return sorted(set().union(*(rank["flat"] for rank in self.ranks)))
 
     def read(self, key: str, name: str, start: int, length: int, out: Tensor) -> None:
         """Copy elements [start, start + length) of parameter `name` of the tensors called `key` into `out`."""

@@ -102,7 +102,10 @@ def _check_keys(path: Path, own: dict[str, Any], decided: dict[str, tuple[Any, s
 def _check_zero(path: Path, zero: dict[str, Any], stage: Any, precision: str) -> None:
     import_deepspeed()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
 
     sections: dict[str, Any] = {
         "offload_param": DeepSpeedZeroOffloadParamConfig,

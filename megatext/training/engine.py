@@ -6,12 +6,13 @@ import socket
 import sys
 import warnings
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-from megatext.config import ConfigError
+from megatext.config import ConfigError, to_dict
 from megatext.training.optimizer import MuonAdamW
 
 if TYPE_CHECKING:
@@ -71,6 +72,29 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def check_agreement(config: "RunConfig", order_fingerprint: str) -> None:
+    """Raise ConfigError, on every rank, unless all ranks run the same thing. A collective."""
+    own = {
+        "configuration": to_dict(config),
+        "data (another copy of the shards?)": order_fingerprint,
+        **{f"version of {name}": version(name) for name in ("torch", "deepspeed", "transformers")},
+    }
+    every: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, own)
+    for rank, theirs in enumerate(every):
+        for what in own:
+            if theirs[what] != every[0][what]:
+                differing = _first_difference(every[0][what], theirs[what])
+                raise ConfigError(f"rank {rank} has another {what} than rank 0: {differing}")
+
+
+def _first_difference(a: Any, b: Any, key: str = "") -> str:
+    if isinstance(a, dict) and isinstance(b, dict):
+        name = next(name for name in [*a, *b] if a.get(name) != b.get(name))
+        return _first_difference(a.get(name), b.get(name), f"{key}.{name}".strip("."))
+    return f"{key} {b!r} and {a!r}".strip()
 
 
 def import_deepspeed() -> Any:

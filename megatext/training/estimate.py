@@ -76,7 +76,7 @@ def describe(config: RunConfig, module: nn.Module, deepspeed_config: Path | None
             stage=stage,
             world=world,
             precision=training.precision,
-            ema=training.ema_decay is not None,
+            ema=training.ema_decays,
             muon=config.optimizer.name == "muon",
         )
         mark = "  <- this run" if stage == chosen else ""

@@ -21,8 +21,9 @@ class TrainingConfig:
     precision: Precision = "auto"
     """Of weights and activations; master weights, accumulation and reduction are fp32. auto: bf16 where the hardware
     multiplies in it, fp32 elsewhere (a CPU without AVX-512-BF16 or AMX does bf16 hundreds of times slower)."""
-    ema_decay: float | None = 0.999
-    """Decay of the average of the weights, warmed up from 0.1; None keeps no average."""
+    ema_decays: tuple[float, ...] = (0.999,)
+    """Decays of averages of the weights, warmed up from 0.1, each 4 bytes a parameter over all ranks. The first is used
+    for previews and exports, `launch/export.py --ema DECAY` exports another; [] keeps none."""
     compile: bool = False
     """torch.compile the module; ignored under ZeRO-3 and without a C++ compiler."""
     validation_every_steps: int = 0
@@ -30,15 +31,29 @@ class TrainingConfig:
     validation_batches: int = 1
     """Validation batches of rows_per_step rows, the same ones each time; 0 never validates."""
     keep_last: int = 2
-    """Checkpoints kept."""
+    """Newest checkpoints that are kept."""
+    keep_every_steps: int = 0
+    """Checkpoints of multiples of this step are never deleted; 0 deletes all but the newest."""
+    async_save: bool = True
+    """Write checkpoints while training goes on, from a copy in the host's memory; a write that fails is a warning then,
+    and the next one is waited for. false: training waits."""
+    on_non_finite: Literal["skip", "stop"] = "skip"
+    """What to do with a step whose gradient is not finite: skip and count it, or stop the run."""
     skipped_steps_limit: int = 5
-    """Steps in a row with non-finite gradients after which the run stops."""
+    """Skipped steps in a row after which the run stops."""
+    hang_timeout_seconds: int = 900
+    """A process that finishes nothing for so long writes its stacks to run_dir/stacks/ and ends the run; 0 waits for
+    ever. Longer than the longest validation batch, preview or first step."""
 
     def __post_init__(self) -> None:
         if self.rows_per_step < 1 or self.micro_batch_rows < 1 or self.keep_last < 1:
             raise ConfigError("training: rows_per_step, micro_batch_rows and keep_last must be at least 1")
-        if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
-            raise ConfigError("training.ema_decay must lie between 0 and 1")
+        if self.keep_every_steps < 0 or self.hang_timeout_seconds < 0 or self.skipped_steps_limit < 1:
+            raise ConfigError(
+                "training: keep_every_steps and hang_timeout_seconds must be at least 0, skipped_steps_limit at least 1"
+            )
+        if not all(0.0 < decay < 1.0 for decay in self.ema_decays) or len({*self.ema_decays}) < len(self.ema_decays):
+            raise ConfigError("training.ema_decays must lie between 0 and 1 and differ")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,13 +14,13 @@ from megatext.data import DataError
 from megatext.data.stream import TokenStream
 from megatext.recipes.base import Recipe
 from megatext.training import checkpoint, partitions
-from megatext.training.ema import EMA
+from megatext.training.ema import EMA, ema_key
 from megatext.training.optimizer import MuonAdamW
 from megatext.training.run_config import RunConfig
 
 
 class RunState:
-    """All that changes from step to step. `write` and `read` are collectives."""
+    """All that changes from step to step. `read` is a collective."""
 
     def __init__(
         self, config: RunConfig, recipe: Recipe, engine: Any, optimizer: MuonAdamW, stream: TokenStream
@@ -28,8 +28,7 @@ class RunState:
         self.config, self.recipe, self.optimizer, self.stream = config, recipe, optimizer, stream
         self.partitions = partitions.of_engine(engine)
         optimizer.bind(self.partitions)
-        decay = config.training.ema_decay
-        self.ema = EMA(self.partitions, decay) if decay is not None else None
+        self.ema = EMA(self.partitions, config.training.ema_decays)
         self.step = 0
         """Optimizer steps done."""
         self.sample = 0
@@ -39,11 +38,10 @@ class RunState:
         self.skipped_steps = 0
         """Steps whose gradient was not finite."""
 
-    def write(self, path: Path, probe_loss: float) -> None:
-        """Write a checkpoint of this step."""
+    def snapshot(self, probe_loss: float) -> checkpoint.Content:
+        """A copy of everything, to be written as a checkpoint of this step."""
         flat: dict[str, list[Tensor | None]] = {"master": list(self.partitions.masters)}
-        if self.ema is not None:
-            flat["ema"] = list(self.ema.values)
+        flat |= {ema_key(decay): list(values) for decay, values in self.ema.averages.items()}
         states = [self.optimizer.state.get(part.stepped, {}) for part in self.partitions.parts]
         for key in sorted({key for state in states for key in state if key != "step"}):
             flat[key] = [state[key].view(-1) if key in state else None for state in states]
@@ -53,7 +51,7 @@ class RunState:
             "sample": self.sample,
             "tokens": self.tokens,
             "adam_step": max(steps, default=0),
-            "ema_updates": self.ema.updates if self.ema is not None else 0,
+            "ema_updates": self.ema.updates,
             "skipped_steps": self.skipped_steps,
         }
         meta = {
@@ -71,7 +69,7 @@ class RunState:
                 "deepspeed": version("deepspeed"),
             },
         }
-        checkpoint.save(path, self.partitions, flat, scalars, self._buffers(), meta)
+        return checkpoint.snapshot(self.partitions, flat, scalars, self._buffers(), meta)
 
     def read(self, path: Path) -> float:
         """Become what a checkpoint holds; its loss on the probe batch. Raises ConfigError and DataError where it is
@@ -89,10 +87,11 @@ class RunState:
             if not is_muon:
                 state["step"] = torch.tensor(float(scalars["adam_step"]), device=part.stepped.device)
         self.partitions.push_masters()
-        if self.ema is not None:
-            for value, fragments in zip(self.ema.values, own, strict=True):
-                reader.read_fragments("ema" if reader.has("ema") else "master", fragments, value)
-            self.ema.updates = scalars["ema_updates"]
+        for decay, values in self.ema.averages.items():
+            key = ema_key(decay) if ema_key(decay) in reader.keys else "master"  # a new average begins here
+            for value, fragments in zip(values, own, strict=True):
+                reader.read_fragments(key, fragments, value)
+        self.ema.updates = scalars["ema_updates"]
         for name, buffer in self._buffers().items():
             buffer.copy_(reader.buffers[name])
         self.step, self.sample, self.tokens = scalars["step"], scalars["sample"], scalars["tokens"]
@@ -118,11 +117,10 @@ class RunState:
                 raise ConfigError(
                     f"{path}: was written with {key} {theirs!r}, now it is {mine!r}; a run cannot change it"
                 )
-        check_built_on(path, saved.get("built_on", {}), self.recipe.built_on)
+        check_built_on(path, saved["built_on"], self.recipe.built_on)
         if saved["tokenizer_fingerprint"] != self.stream.tokenizer_fingerprint:
             raise DataError(f"{self.config.data.shards}: these shards have another tokenizer than those of {path}")
-        order = saved.get("order_fingerprint", self.stream.order_fingerprint)  # older checkpoints do not say
-        if order != self.stream.order_fingerprint:
+        if saved["order_fingerprint"] != self.stream.order_fingerprint:
             raise DataError(
                 f"{path}: was trained on other shards, weights or windows (data.max_tokens) than these, so documents "
                 "would be read twice or never; continue with the same, or start another run_dir"

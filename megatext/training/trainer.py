@@ -28,6 +28,7 @@ from megatext.training.engine import (
     Processes,
     accumulation_steps,
     build_engine,
+    check_agreement,
     chosen_precision,
     start_processes,
 )
@@ -38,6 +39,7 @@ from megatext.training.run_config import RunConfig
 from megatext.training.run_state import RunState
 from megatext.training.schedule import learning_rate_share
 from megatext.training.validation import Validation, read_held_out, total_loss
+from megatext.training.watchdog import Watchdog
 
 REQUEUE_EXIT_CODE = 75
 """Exit status after SIGTERM or SIGUSR1: a checkpoint is saved, start the same command again to continue."""
@@ -54,8 +56,9 @@ def train(config: RunConfig, recipe: Recipe, deepspeed_config: Path | None = Non
     trainer.resume()
     if processes.is_main:
         save_yaml(config, Path(config.run_dir) / "config.yaml")  # now: a refused resume leaves the run's own
-    trainer.loop()
-    return trainer.finish()
+    with trainer.watchdog:
+        trainer.loop()
+        return trainer.finish()
 
 
 def with_precision(config: RunConfig, processes: Processes) -> RunConfig:
@@ -76,6 +79,7 @@ class Trainer:
         self.logger = Logger(self.run_dir, config.logging, is_main=processes.is_main, resolved=to_dict(config))
         data = config.data if recipe.reads_states else config.data.without_states()
         self.stream = TokenStream(data, seed=config.seed, rows_per_step=config.training.rows_per_step)
+        check_agreement(config, self.stream.order_fingerprint)
         if recipe.tokenizer_fingerprint not in (None, self.stream.tokenizer_fingerprint):
             raise DataError(
                 f"{config.data.shards}: the shards' tokenizer is not the one this model was made for; "
@@ -93,9 +97,14 @@ class Trainer:
         self.engine = build_engine(recipe.module, self.optimizer, settings)
         recipe.to(processes.device)
         self.state = RunState(config, recipe, self.engine, self.optimizer, self.stream)
-        self.guard = StepGuard(config.training.skipped_steps_limit, self.logger.say, self.state)
+        training, say = config.training, self.logger.say
+        self.guard = StepGuard(training.on_non_finite, training.skipped_steps_limit, say, self.state)
+        self.saver = checkpoint.Saver(beside=training.async_save, say=say)
+        self.watchdog = Watchdog(self.run_dir / "stacks", training.hang_timeout_seconds, processes.rank)
         probe = self.stream.batch(self.stream.plan(0), slice(0, 1))
-        self.validation = Validation(recipe, self.engine, self.state.ema, processes, held_out=held_out, probe=probe)
+        self.validation = Validation(
+            recipe, self.engine, self.state.ema, processes, self.watchdog, held_out=held_out, probe=probe
+        )
         self.first_step = 0
         self._stop_signal: int | None = None
         self._print_plan(settings)
@@ -118,6 +127,7 @@ class Trainer:
             self.train_step(batches, meter)
             state.sample = next_sample
             step = state.step
+            self.watchdog.beat(f"step {step}")
             if step % config.logging.log_every_steps == 0 or step == max_steps or step == self.first_step + 1:
                 self._log(meter, clock, step - window_first)
                 window_first = step
@@ -129,7 +139,7 @@ class Trainer:
                 self.save()
             clock.paused += time.perf_counter() - pause
             if self._stop_requested:
-                self.save()
+                self.save(wait=True)
                 self.logger.say(f"stopped by a signal after step {step}; the same command continues from here")
                 raise SystemExit(REQUEUE_EXIT_CODE)
         loader.shutdown()
@@ -141,7 +151,7 @@ class Trainer:
         counts = self._global_counts(prepared)
         weights = self.recipe.loss_weights(step)
         self.learning_rate = self.optimizer.set_learning_rate(
-            learning_rate_share(self.config.optimizer, step, self.config.max_steps)
+            learning_rate_share(self.config.optimizer, step - state.skipped_steps, self.config.max_steps)
         )
         # DeepSpeed averages over ranks and micro-batches; the counts are global already, so undo that.
         scale = self.processes.world * len(prepared)
@@ -153,8 +163,16 @@ class Trainer:
             engine.step()
             losses.append(loss.detach())
             self._measure(output, counts, meter)
-        applied = self.guard.check(engine, step, losses, [item.inputs for item in prepared], batches)
-        if applied and state.ema is not None:
+        self._stop_requested = self._votes_to_stop()
+        applied = self.guard.check(
+            engine,
+            step,
+            losses,
+            [item.inputs for item in prepared],
+            batches,
+            lambda output: total_loss(output, counts, weights) * scale,
+        )
+        if applied:
             state.ema.update()
         for batch, loss in zip(batches, losses, strict=True):
             meter.add("loss", loss)
@@ -162,15 +180,24 @@ class Trainer:
         state.step += 1
 
     def _global_counts(self, prepared: list[Prepared]) -> dict[str, Tensor]:
-        """Elements of each loss term over all ranks and micro-batches, and whether any rank was told to stop."""
+        """Elements of each loss term over all ranks and micro-batches; also asks whether a rank was told to stop."""
         names = sorted(prepared[0].counts)
-        own = torch.stack([torch.stack([item.counts[name].double() for item in prepared]).sum() for name in names])
-        self._stop_requested = self._stop_signal is not None
+        counts = [torch.stack([item.counts[name].double() for item in prepared]).sum() for name in names]
+        own = torch.stack([*counts, torch.full_like(counts[0], float(self._stop_signal is not None))])
         if self.processes.world > 1:
-            own = torch.cat([own, own.new_tensor([float(self._stop_requested)])])
             dist.all_reduce(own)
-            self._stop_requested = bool(own[-1] > 0)
+        self._votes = torch.empty((), dtype=own.dtype, pin_memory=own.is_cuda).copy_(own[-1], non_blocking=True)
+        if own.is_cuda:
+            self._votes_arrived = torch.cuda.Event()
+            self._votes_arrived.record()
         return {name: own[index].clamp(min=1.0) for index, name in enumerate(names)}
+
+    def _votes_to_stop(self) -> bool:
+        """Whether any rank was told to stop before this step. Asked at the end of the step, when the answer has long
+        arrived, so that the host does not wait for the GPU."""
+        if self.processes.device.type == "cuda":
+            self._votes_arrived.synchronize()
+        return bool(self._votes > 0)
 
     @staticmethod
     def _measure(output: Output, counts: dict[str, Tensor], meter: Meter) -> None:
@@ -185,7 +212,10 @@ class Trainer:
         """This rank's micro-batches of the step that begins at a sample, and where the next step begins."""
         plan = self.stream.plan(sample)
         rows = self.config.training.micro_batch_rows
-        return self.stream.micro_batches(plan, self.processes.rank, self.accumulation, rows), plan.next_sample
+        batches = self.stream.micro_batches(plan, self.processes.rank, self.accumulation, rows)
+        if self.processes.device.type == "cuda":
+            batches = [batch.pinned() for batch in batches]
+        return batches, plan.next_sample
 
     def _take(self, loading: "Future[tuple[list[TokenBatch], int]]") -> tuple[list[TokenBatch], int, float]:
         started = time.perf_counter()
@@ -241,12 +271,24 @@ class Trainer:
 
     # -- saving and resuming -------------------------------------------------------------------------------------
 
-    def save(self) -> Path:
-        """Write a checkpoint of this step. A collective."""
-        path = checkpoint.checkpoint_path(self.run_dir, self.state.step)
-        self.state.write(path, self.validation.probe_loss(self.state.step))
-        if self.processes.is_main:
-            checkpoint.prune(self.run_dir, self.config.training.keep_last)
+    def save(self, *, wait: bool = False) -> Path:
+        """Write a checkpoint of this step, beside the training unless told to wait. A collective."""
+        started, step, training = time.perf_counter(), self.state.step, self.config.training
+        path = checkpoint.checkpoint_path(self.run_dir, step)
+        content = self.state.snapshot(self.validation.probe_loss(step))
+        stalled = 0.0
+
+        def done(seconds: float) -> None:
+            checkpoint.prune(self.run_dir, training.keep_last, training.keep_every_steps)
+            size = f"{content.bytes / 2**20:.1f} MiB" + (" a rank" if self.processes.world > 1 else "")
+            stood = f"training stood still for {stalled:.2f} s" if stalled else "training waited for it"
+            self.logger.say(f"step {step} | saved {size} in {seconds:.2f} s, {stood}")
+
+        if training.async_save and not wait:
+            stalled = time.perf_counter() - started
+        self.saver.save(path, content, done, wait=wait)
+        self.logger.record(step, {"save_stall_seconds": time.perf_counter() - started})
+        self.watchdog.beat(f"the checkpoint of step {step}")
         return path
 
     def resume(self) -> None:
@@ -279,13 +321,13 @@ class Trainer:
             if finished.get("step") == step:  # else it is of a shorter run that was continued
                 self.logger.say(f"the run is finished: {checkpoint.checkpoint_path(self.run_dir, step)}")
                 return finished
-        path = self.save()  # before anything that may fail
+        path = self.save(wait=True)  # before anything that may fail
         figures = self.validate()
         if measured := self.validation.finish():
             figures |= measured
             self.logger.record(step, dict(measured))
             self.logger.say(" | ".join(f"{name} {value:.4f}" for name, value in measured.items()))
-            path = self.save()  # with what was measured in the module's buffers
+            path = self.save(wait=True)  # with what was measured in the module's buffers
         if self.processes.is_main:
             done.write_text(json.dumps({"step": step, **figures}, indent=1), encoding="utf-8")
         dist.barrier()

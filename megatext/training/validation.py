@@ -12,10 +12,11 @@ from torch import Tensor
 from megatext.data.packing import TokenBatch
 from megatext.data.stream import DataConfig, TokenStream
 from megatext.recipes.base import Output, Recipe
-from megatext.training.ema import EMA
+from megatext.training.ema import EMA, ema_key
 from megatext.training.engine import Processes
 from megatext.training.metrics import Meter
 from megatext.training.run_config import RunConfig
+from megatext.training.watchdog import Watchdog
 
 
 def read_held_out(config: RunConfig, data: DataConfig, world: int, accumulation: int) -> list[list[TokenBatch]]:
@@ -45,26 +46,28 @@ class Validation:
         self,
         recipe: Recipe,
         engine: Any,
-        ema: EMA | None,
+        ema: EMA,
         processes: Processes,
+        watchdog: Watchdog,
         *,
         held_out: list[list[TokenBatch]],
         probe: TokenBatch,
     ) -> None:
         """`probe` is one small batch, the same for all ranks and for the whole run."""
-        self.recipe, self.engine, self.ema, self.processes = recipe, engine, ema, processes
+        self.recipe, self.engine, self.ema, self.processes, self.watchdog = recipe, engine, ema, processes, watchdog
         self.held_out, self.probe = held_out, probe
 
     def losses(self, step: int) -> dict[str, float]:
         """Loss terms, their weighted total and metrics on the held-out rows with fixed noise, by the raw weights
-        (`validation/...`) and by the averaged ones (`validation_ema/...`)."""
+        (`validation/...`) and by the averages: the first is `validation_ema/...`, others `validation_ema_0.99/...`."""
         batches = [batch.to(self.processes.device) for batch in self.held_out[self.processes.rank]]
         if not batches:
             return {}
         figures = {f"validation/{name}": value for name, value in self._evaluate(batches, step).items()}
-        if self.ema is not None:
-            with self.ema.swapped():
-                figures |= {f"validation_ema/{name}": value for name, value in self._evaluate(batches, step).items()}
+        for number, decay in enumerate(self.ema.averages):
+            prefix = f"validation_{ema_key(decay)}" if number else "validation_ema"
+            with self.ema.swapped(decay):
+                figures |= {f"{prefix}/{name}": value for name, value in self._evaluate(batches, step).items()}
         return figures
 
     def preview(self, path: Path, seed: int) -> None:
@@ -92,7 +95,7 @@ class Validation:
         return float(total_loss(output, counts, self.recipe.loss_weights(step)))
 
     def _averaged(self) -> Any:
-        return self.ema.swapped() if self.ema is not None else nullcontext()
+        return self.ema.swapped(next(iter(self.ema.averages))) if self.ema.averages else nullcontext()
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -118,6 +121,7 @@ class Validation:
                     meter.add(f"loss/{name}", total, item.counts[name])
                 for name, (total, count) in output.metrics.items():
                     meter.add(name, total, count)
+                self.watchdog.beat("a validation batch")
         figures = meter.read()
         weights = self.recipe.loss_weights(step)
         figures["loss"] = sum(weights[name] * figures.get(f"loss/{name}", 0.0) for name in weights)

@@ -21,7 +21,7 @@ TRUNK = {"layers": 2, "width": 32, "heads": 2, "activation_checkpointing": 1}
 COMMON = {
     "max_steps": 4,
     "optimizer": {"name": "muon", "learning_rate": 0.01},
-    "training": {"rows_per_step": 8, "precision": "fp32", "ema_decay": 0.9},
+    "training": {"rows_per_step": 8, "precision": "fp32", "ema_decays": [0.9]},
     "logging": {"log_every_steps": 1},
 }
 LM = {"model": {"width": 32, "layers": 2, "heads": 2}}

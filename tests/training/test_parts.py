@@ -105,12 +105,18 @@ def test_shipped_deepspeed_files(name: str) -> None:
     [
         ({"gradient_clipp1ng": 1}, "unknown key 'gradient_clipp1ng'"),
         ({"gradient_clipp1ng": 1}, "did you mean 'gradient_clipping'"),
-        ({"gradient_clipping": 0.5}, r"gradient_clipping is 0.5, but the run's config says 1.0 \(optimizer.clip_norm\)"),
+        (
+            {"gradient_clipping": 0.5},
+            r"gradient_clipping is 0.5, but the run's config says 1.0 \(optimizer.clip_norm\)",
+        ),
         ({"train_batch_size": 64}, r"train_batch_size is 64, but .* says 32 \(training.rows_per_step\)"),
         ({"bf16": {"enabled": False}}, r'bf16 is {"enabled": false}, but .* \(training.precision bf16\)'),
         ({"bf16": {"enabled": True, "immediate_grad_update": True}}, "bf16 is .* remove it here"),
         ({"optimizer": {"type": "Adam"}}, "'optimizer' is set by optimizer.name and its neighbours"),
-        ({"zero_optimization": {"stage": 3, "reduce_bucket_sise": 5}}, "did you mean 'zero_optimization.reduce_bucket_size'"),
+        (
+            {"zero_optimization": {"stage": 3, "reduce_bucket_sise": 5}},
+            "did you mean 'zero_optimization.reduce_bucket_size'",
+        ),
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin_memmory": True}}},
             "did you mean 'zero_optimization.offload_param.pin_memory'",

@@ -181,7 +181,7 @@ max_steps: 10
 save_every_steps: 3
 data: {{shards: {folder / "shards"}, row_tokens: 32, max_tokens: 32}}
 optimizer: {{name: muon, learning_rate: 1e-2, warmup_steps: 2, weight_decay: 0.1, clip_norm: 0.5}}
-training: {{rows_per_step: 8, micro_batch_rows: 2, precision: fp32, ema_decay: 0.9}}
+training: {{rows_per_step: 8, micro_batch_rows: 2, precision: fp32, ema_decays: [0.9, 0.5]}}
 logging: {{log_every_steps: 1}}
 """
     )
