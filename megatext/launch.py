@@ -7,7 +7,7 @@ from pathlib import Path
 from megatext.config import cli_errors, load_config
 from megatext.data.remote import local_folder
 from megatext.data.shards import TOKENIZER_FOLDER
-from megatext.recipes import build_recipe, config_class, meta_module, needed_by
+from megatext.recipes import build_recipe, config_class, needed_by
 from megatext.tokenizer import load_tokenizer
 from megatext.training.run_config import RunConfig
 
@@ -43,7 +43,7 @@ def dry_run(config: RunConfig, deepspeed_config: Path | None) -> None:
     config = with_precision(config, processes)
     tokenizer = local_folder(config.data.shards) / TOKENIZER_FOLDER
     vocab_size = load_tokenizer(tokenizer).vocab_size if tokenizer.is_dir() else QWEN3_VOCABULARY
-    text = describe(config, meta_module(config, vocab_size), deepspeed_config, processes.world)
+    text = describe(config, vocab_size, deepspeed_config, processes.world)
     absent = [path for path in needed_by(config) if not Path(path).is_dir()]
     if processes.is_main:
         print(f"vocabulary      {vocab_size:,}{'' if tokenizer.is_dir() else ' (Qwen3, as there are no shards yet)'}")

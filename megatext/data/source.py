@@ -28,6 +28,7 @@ class WindowSource:
         entries = manifest["splits"][split]["shards"]
         fetch(shards, entries, folder)
         self.tokenizer_fingerprint: str = manifest["tokenizer"]["fingerprint"]
+        self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
         self._shards = [TarIndex(folder / entry["file"], sha256=entry["sha256"]) for entry in entries]
         lengths = [shard.lengths for shard in self._shards]
         self._first_document = np.cumsum([0] + [len(part) for part in lengths])

@@ -166,7 +166,7 @@ class TokenStream:
             for s in config.sources
         ]
         first = self.sources[0]
-        self.tokenizer_fingerprint = first.tokenizer_fingerprint
+        self.tokenizer_fingerprint, self.vocab_size = first.tokenizer_fingerprint, first.vocab_size
         for other in self.sources[1:]:
             if other.tokenizer_fingerprint != self.tokenizer_fingerprint:
                 raise DataError(f"{other.name}: made with another tokenizer than {first.name}; shard one of them again")

@@ -8,7 +8,7 @@ from megatext.config import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-    from megatext.recipes.base import Recipe
+    from megatext.recipes.base import Pass, Recipe
     from megatext.training.run_config import RunConfig
 
 _MODULES = {
@@ -16,9 +16,10 @@ _MODULES = {
     "PretrainVAEConfig": "megatext.recipes.text_vae",
     "PretrainDiTConfig": "megatext.recipes.text_dit",
 }
-"""Configuration class -> the module that defines it, with three functions: `build(config) -> Recipe`;
-`needed(config) -> list[str]`, the directories that must be there before; and `make(config, vocab_size) -> nn.Module`,
-the module that `build` would train, also on the meta device and before they are there."""
+"""Configuration class -> the module that defines it, with four functions: `build(config) -> Recipe`;
+`needed(config) -> list[str]`, the directories that must be there before; `make(config, vocab_size) -> nn.Module`, the
+module that `build` would train, also on the meta device and before they are there; and
+`passes(config, module, vocab_size) -> list[Pass]`, what a step computes with it."""
 
 
 def config_class(name: str) -> "type[RunConfig]":
@@ -48,6 +49,15 @@ def meta_module(config: "RunConfig", vocab_size: int) -> "nn.Module":
     with torch.device("meta"):
         module: nn.Module = _module_of(config).make(config, vocab_size)
     return module
+
+
+def passes_of(config: "RunConfig", module: "nn.Module", vocab_size: int) -> "list[Pass]":
+    """What every training step computes, on one row of the meta device: for what it costs."""
+    import torch
+
+    with torch.device("meta"):
+        found: list[Pass] = _module_of(config).passes(config, module, vocab_size)
+    return found
 
 
 def _module_of(config: "RunConfig") -> Any:

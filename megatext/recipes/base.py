@@ -1,7 +1,7 @@
 """What the trainer knows of a system: the recipe interface, and nothing else."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -32,6 +32,18 @@ class Output:
 
     loss_sums: dict[str, Tensor]
     metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+@dataclass
+class Pass:
+    """A computation of every step, on one row of the meta device: for counting its FLOPs."""
+
+    run: Callable[[], Any]
+    """Gives the Output to differentiate where it is trained."""
+    share: float = 1.0
+    """How many of the steps have it."""
+    trained: bool = True
+    """Forward and backward; else the forward pass of a frozen network."""
 
 
 class Recipe(ABC):

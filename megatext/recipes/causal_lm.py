@@ -5,6 +5,7 @@ It is also the small frozen teacher and the featuriser of the metrics where no p
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from megatext.config import ConfigError
 from megatext.data.packing import TokenBatch
 from megatext.data.remote import local_folder
 from megatext.data.shards import TOKENIZER_FOLDER, read_manifest
-from megatext.recipes.base import Output, Prepared, Recipe
+from megatext.recipes.base import Output, Pass, Prepared, Recipe
 from megatext.rng import generator, uniform
 from megatext.tokenizer import load_tokenizer
 from megatext.training.run_config import RunConfig
@@ -86,7 +87,8 @@ class CausalLM(nn.Module):
         else:
             size = self.logits_chunk_tokens
             chunks = zip(states.split(size), flat.split(size), strict=True)
-            parts = [checkpoint(self._loss, s, t, use_reentrant=False) for s, t in chunks]
+            loss = partial(checkpoint, self._loss, use_reentrant=False) if self.training else self._loss
+            parts = [loss(s, t) for s, t in chunks]
             total, correct = (torch.stack(column).sum() for column in zip(*parts, strict=True))
         count = (flat >= 0).sum()
         return Output({"cross_entropy": total}, {"accuracy": (correct, count)})
@@ -220,3 +222,9 @@ def build(config: PretrainLMConfig) -> CausalLMRecipe:
 
 def needed(config: PretrainLMConfig) -> list[str]:
     return config.data.folders()
+
+
+def passes(config: PretrainLMConfig, module: CausalLM, vocab_size: int) -> list[Pass]:
+    module.lm.config._attn_implementation = "eager"  # as many operations as any, and countable
+    tokens = torch.zeros(1, config.data.row_tokens, dtype=torch.long)
+    return [Pass(lambda: module(tokens, tokens, tokens, causal_in_segment(tokens)))]

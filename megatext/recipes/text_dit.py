@@ -25,7 +25,7 @@ from megatext.nn.blocks import TrunkConfig, initialise
 from megatext.nn.dit import TextDiT, TextDiTConfig
 from megatext.nn.layout import CONTEXT, TARGET, Layout
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
-from megatext.recipes.base import Output, Prepared, Recipe
+from megatext.recipes.base import Output, Pass, Prepared, Recipe
 from megatext.recipes.draws import RowDraws
 from megatext.recipes.pretrained import load_text_vae, read_description, weights_hash, write_model
 from megatext.recipes.warm_start import load_language_model
@@ -405,7 +405,11 @@ def needed(config: PretrainDiTConfig) -> list[str]:
 
 
 def make(config: PretrainDiTConfig, vocab_size: int) -> TextDiTTraining:
-    """On an untrained VAE: the exported one's sizes, or, where it is not there yet, those that the options ask for."""
+    return make_module(config.dit, _untrained_vae(config, vocab_size))
+
+
+def _untrained_vae(config: PretrainDiTConfig, vocab_size: int) -> TextVAE:
+    """Of the exported VAE's sizes, or, where it is not there yet, of those that the options ask for."""
     if Path(config.dit.vae, "config.json").is_file():
         described = read_description(config.dit.vae, "text_vae")["config"]
         network = from_dict(TextVAEConfig, described, where=f"{config.dit.vae}/config.json")
@@ -413,4 +417,38 @@ def make(config: PretrainDiTConfig, vocab_size: int) -> TextDiTTraining:
         layers = 0 if config.dit.network.output == "tokens" else 1
         attention: Literal["causal", "full"] = "causal" if config.dit.flow.block_tokens else "full"
         network = TextVAEConfig(encoder=TrunkConfig(layers=layers), attention=attention)
-    return make_module(config.dit, TextVAE(network, vocab_size))
+    return TextVAE(network, vocab_size)
+
+
+def passes(config: PretrainDiTConfig, module: TextDiTTraining, vocab_size: int) -> list[Pass]:
+    flow, columns, vae = config.dit.flow, config.data.row_tokens, _untrained_vae(config, vocab_size)
+    tokens = torch.zeros(1, columns, dtype=torch.long)
+    clean = Layout.of(tokens, tokens)
+    copies, groups = (flow.noise_copies, -(-columns // flow.block_tokens)) if flow.block_tokens else (1, columns)
+    noisy = Layout.concatenate([clean.with_role(TARGET)] * copies)
+    zeros = noisy.segment
+    latents = torch.zeros(1, copies * columns, vae.config.latent_channels)
+    history = (
+        History(tokens, latents[:, :columns], clean, make_mask("two_stream", clean)) if flow.block_tokens else None
+    )
+    seen = Layout.concatenate([clean, noisy]) if flow.block_tokens else noisy
+
+    def run(self_condition: bool) -> Output:
+        output: Output = module(
+            latents=latents,
+            noise=latents,
+            tokens=zeros,
+            timesteps=torch.zeros(1 + copies * groups),
+            timestep_index=zeros,
+            layout=noisy,
+            mask=make_mask("two_stream" if flow.block_tokens else "full", noisy, seen),
+            loss_mask=noisy.real,
+            self_condition=self_condition,
+            history=history,
+            neighbours=zeros if flow.block_tokens else None,
+        )
+        return output
+
+    twice = flow.self_conditioning_probability
+    both = [Pass(lambda: run(False), 1 - twice), Pass(lambda: run(True), twice)]
+    return [Pass(lambda: vae.encode(tokens, clean), trained=False), *both[: 1 if twice == 0 else 2]]

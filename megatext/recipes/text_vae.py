@@ -17,7 +17,7 @@ from megatext.flow import objectives
 from megatext.nn.blocks import initialise
 from megatext.nn.layout import Layout
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
-from megatext.recipes.base import Output, Prepared, Recipe
+from megatext.recipes.base import Output, Pass, Prepared, Recipe
 from megatext.recipes.draws import RowDraws
 from megatext.recipes.pretrained import write_model
 from megatext.tokenizer import load_tokenizer
@@ -256,3 +256,12 @@ def make(config: PretrainVAEConfig, vocab_size: int) -> TextVAETraining:
     teacher = None if absent else teacher_of(config)
     width = teacher.mean.numel() if teacher else 2048
     return TextVAETraining(TextVAE(config.vae.network, vocab_size), config.vae, width)
+
+
+def passes(config: PretrainVAEConfig, module: TextVAETraining, vocab_size: int) -> list[Pass]:
+    tokens = torch.zeros(1, config.data.row_tokens, dtype=torch.long)
+    layout = Layout.of(tokens, tokens)
+    noise = torch.zeros(*tokens.shape, config.vae.network.latent_channels)
+    last = [m for m in module.projector.modules() if isinstance(m, nn.Linear)][-1] if module.projector else None
+    teacher = torch.zeros(*tokens.shape, last.out_features) if last else None
+    return [Pass(lambda: module(tokens, layout, noise, noise, tokens.float(), teacher, tokens == 0))]

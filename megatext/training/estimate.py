@@ -1,84 +1,121 @@
-"""What a run would cost, before it costs it: parameters, FLOPs, memory for each ZeRO stage, and one tiny step."""
+"""What a run would cost, before it costs it: parameters, FLOPs, memory for each ZeRO stage."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatext.recipes import meta_module, passes_of
 from megatext.training.deepspeed_json import deepspeed_json
 from megatext.training.engine import accumulation_steps
+from megatext.training.memory import group_sizes, state_bytes
 from megatext.training.metrics import duration, peak_tflops
+from megatext.training.optimizer import build_optimizer
 from megatext.training.run_config import RunConfig
 
-QWEN3_VOCABULARY = 151_669
-"""Entries of Qwen3's tokenizer, which the paper's presets are for."""
-_GIB = 2**30
+PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.baddbmm.default,
+}
+"""What all matrix products become; their operands come last."""
 
 
-def flops_per_token(module: nn.Module) -> int:
-    """Floating-point operations of a training step for each token: 6 for each weight of a matrix product.
+@dataclass(frozen=True)
+class RowFlops:
+    """Floating-point operations of a training step for each row of `data.row_tokens` tokens.
 
-    Attention's own products, recomputation under activation checkpointing, and second passes of a token (clean copies,
-    noisy copies, self-conditioning) are not counted; embeddings are looked
-    up, so they count only where they are also the output head.
+    Matrix products, attention over the whole row included (FlexAttention, which skips what the mask rules out, does
+    less); not the optimizer, whose share falls with the batch.
     """
-    weights = 0
-    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    multiplied = {id(m.weight): m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear)}
-    for parameter in module.parameters():
-        if parameter.dim() >= 2 and (id(parameter) in multiplied or id(parameter) not in embeddings):
-            weights += parameter.numel()
-    return 6 * weights
+
+    model: float
+    """Forward and backward passes of what is trained: what MFU is measured by."""
+    recomputed: float
+    """Once more in the backward pass, by activation checkpointing."""
+    frozen: float
+    """Forward passes of frozen networks."""
+
+    @property
+    def total(self) -> float:
+        return self.model + self.recomputed + self.frozen
 
 
-def state_gib(parameters: int, *, stage: int, world: int, precision: str, ema: bool, muon: bool) -> float:
-    """GiB a rank holds for weights, gradients, optimizer state and EMA; activations come on top.
+def row_flops(config: RunConfig, module: nn.Module, vocab_size: int) -> RowFlops:
+    """Counted in one forward pass of `module`, a meta_module: no memory, no arithmetic, a second or two."""
+    module.train()
+    trained = frozen = recomputed = 0.0
+    for one in passes_of(config, module, vocab_size):
+        with torch.device("meta"), torch.set_grad_enabled(one.trained), _Counter() as counter:
+            one.run()
+        recomputed += one.share * counter.recomputed
+        if one.trained:
+            trained += one.share * counter.total
+        else:
+            frozen += one.share * counter.total
+    return RowFlops(trained, recomputed, frozen)
 
-    bf16: 2 bytes of weight, 4 of accumulated gradient, 4 of master weight; AdamW 8, Muon 4, EMA 4.
-    """
-    weight = 2 if precision == "bf16" else 4
-    master = 0 if stage == 0 else 4
-    state = (4 if muon else 8) + (4 if ema else 0) + master
-    gradient = 4
-    sharded_weight = weight / (world if stage == 3 else 1)
-    sharded_gradient = gradient / (world if stage >= 2 else 1)
-    sharded_state = state / (world if stage >= 1 else 1)
-    return parameters * (sharded_weight + sharded_gradient + sharded_state) / _GIB
+
+class _Counter(TorchDispatchMode):
+    """Counts a forward pass, and with it the backward pass that it will need: the gradient of each operand of a matrix
+    product is another product of the same size. (Running the backward pass too takes three times as long.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = self.recomputed = self._latest = 0
+        self._block: Any = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in PRODUCTS:
+            a, b = args[-2:]
+            forward = 2 * out.numel() * a.shape[-1]
+            self.total += forward * (1 + (torch.is_grad_enabled() and a.requires_grad + b.requires_grad))
+            self._recompute(forward)
+        return out
+
+    def _recompute(self, forward: int) -> None:
+        """Inside a checkpointed block, which has hooks on the tensors it saves: all but its last product is computed
+        again, as torch stops when it has what the last one saved."""
+        block = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        self.recomputed += self._latest if block is not None and block == self._block else 0
+        self._latest, self._block = forward, block
 
 
-def describe(config: RunConfig, module: nn.Module, deepspeed_config: Path | None, world: int) -> str:
-    """The report that --dry_run prints; `module` may be on the meta device. Raises ConfigError where the configuration
-    cannot be run."""
+def describe(config: RunConfig, vocab_size: int, deepspeed_config: Path | None, world: int) -> str:
+    """The report that --dry_run prints. Raises ConfigError where the configuration cannot be run."""
     settings = deepspeed_json(config, deepspeed_config, world)
-    chosen = settings["zero_optimization"].get("stage", 0)
-    training = config.training
+    chosen, training = settings["zero_optimization"].get("stage", 0), config.training
+    module = meta_module(config, vocab_size)
+    groups = group_sizes(build_optimizer(module, config.optimizer, muon_dtype=torch.bfloat16))
     parameters = sum(p.numel() for p in module.parameters())
-    tokens = training.rows_per_step * config.data.row_tokens
-    per_token = flops_per_token(module)
-    total = per_token * tokens * config.max_steps
+    flops, rows, row_tokens = row_flops(config, module, vocab_size), training.rows_per_step, config.data.row_tokens
+    run = flops.total * rows * config.max_steps
+    parts = [f"model {flops.model / row_tokens / 1e6:,.1f}"]
+    parts += [f"recomputation {flops.recomputed / row_tokens / 1e6:,.1f}"] if flops.recomputed else []
+    parts += [f"frozen networks {flops.frozen / row_tokens / 1e6:,.1f}"] if flops.frozen else []
     lines = [
         f"parameters      {parameters:,} ({parameters / 2**20:.1f} x 2^20)",
-        f"FLOPs           {per_token / 1e6:,.1f} M a token, {per_token * tokens / 1e12:,.2f} T a step, "
-        f"{total:.2e} the run",
-        f"tokens          {tokens:,} a step, {tokens * config.max_steps / 1e6:,.1f} M the run (padding included)",
-        f"batch           {training.rows_per_step} rows of {config.data.row_tokens} tokens = {world} process(es) x "
+        f"FLOPs           {flops.total / row_tokens / 1e6:,.1f} M a token ({', '.join(parts)}), "
+        f"{flops.total * rows / 1e12:,.2f} T a step, {run:.2e} the run",
+        f"tokens          {rows * row_tokens:,} a step, {rows * row_tokens * config.max_steps / 1e6:,.1f} M the run "
+        "(padding included)",
+        f"batch           {rows} rows of {row_tokens} tokens = {world} process(es) x "
         f"{accumulation_steps(config, world)} micro-batches x {training.micro_batch_rows} rows",
-        "memory of the states, GiB a rank (activations come on top):",
     ]
     peak = peak_tflops(torch.device("cuda", 0)) if torch.cuda.is_available() else None
     if peak is not None:
-        lines.insert(-1, f"time            {duration(total / (0.4 * peak * 1e12 * world))} at 40 % of this GPU's peak")
+        lines.append(f"time            {duration(run / (0.4 * peak * 1e12 * world))} at 40 % of this GPU's peak")
+    lines.append("memory of weights, gradients, optimizer and averages, GiB a rank (activations come on top):")
     for stage in (0, 1, 2, 3):
         if stage == 0 and training.precision == "bf16":
             continue
-        gib = state_gib(
-            parameters,
-            stage=stage,
-            world=world,
-            precision=training.precision,
-            ema=training.ema_decays,
-            muon=config.optimizer.name == "muon",
+        size = state_bytes(
+            groups, stage=stage, world=world, precision=training.precision, averages=len(training.ema_decays)
         )
-        mark = "  <- this run" if stage == chosen else ""
-        lines.append(f"  ZeRO stage {stage}  {gib:9.3f}{mark}")
+        lines.append(f"  ZeRO stage {stage}  {size / 2**30:9.3f}{'  <- this run' if stage == chosen else ''}")
     return "\n".join(lines)

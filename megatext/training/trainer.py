@@ -11,7 +11,6 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +20,7 @@ from megatext.config import ConfigError, save_yaml, to_dict
 from megatext.data import DataError
 from megatext.data.packing import TokenBatch
 from megatext.data.stream import TokenStream
+from megatext.recipes import meta_module
 from megatext.recipes.base import Output, Prepared, Recipe
 from megatext.training import checkpoint
 from megatext.training.deepspeed_json import deepspeed_json
@@ -32,7 +32,9 @@ from megatext.training.engine import (
     chosen_precision,
     start_processes,
 )
+from megatext.training.estimate import row_flops
 from megatext.training.guards import StepGuard
+from megatext.training.memory import StateMeter, group_sizes, state_bytes
 from megatext.training.metrics import Clock, Logger, Meter, console_line, memory_gib, peak_tflops
 from megatext.training.optimizer import build_optimizer
 from megatext.training.run_config import RunConfig
@@ -93,7 +95,9 @@ class Trainer:
 
         muon_dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
         self.optimizer = build_optimizer(recipe.module, config.optimizer, muon_dtype=muon_dtype)
-        self._compile_module(settings["zero_optimization"].get("stage", 0))
+        self.stage: int = settings["zero_optimization"].get("stage", 0)
+        self.groups = group_sizes(self.optimizer)
+        self._compile_module()
         self.engine = build_engine(recipe.module, self.optimizer, settings)
         recipe.to(processes.device)
         self.state = RunState(config, recipe, self.engine, self.optimizer, self.stream)
@@ -105,9 +109,14 @@ class Trainer:
         self.validation = Validation(
             recipe, self.engine, self.state.ema, processes, self.watchdog, held_out=held_out, probe=probe
         )
+        self.peak_tflops = peak_tflops(processes.device)
+        if self.peak_tflops is not None:
+            vocab_size = self.stream.vocab_size
+            self.row_flops = row_flops(config, meta_module(config, vocab_size), vocab_size).model
+        self.state_meter = StateMeter(self.engine, self.optimizer, self.state.ema.averages.values())
         self.first_step = 0
         self._stop_signal: int | None = None
-        self._print_plan(settings)
+        self._print_plan()
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -128,6 +137,8 @@ class Trainer:
             state.sample = next_sample
             step = state.step
             self.watchdog.beat(f"step {step}")
+            if step == self.first_step + 2:  # the first has no optimizer state yet
+                self._tell_memory()
             if step % config.logging.log_every_steps == 0 or step == max_steps or step == self.first_step + 1:
                 self._log(meter, clock, step - window_first)
                 window_first = step
@@ -248,11 +259,9 @@ class Trainer:
             "samples": state.sample,
             "epoch": max(self.stream.epochs(state.sample)),
         }
-        peak = peak_tflops(self.processes.device)
-        if peak is not None:
-            # 6 FLOPs a parameter and token; attention and recomputation are not counted.
-            flops = 6 * self.parameters * float(figures["tokens_per_second"]) / self.processes.world
-            figures["mfu"] = flops / (peak * 1e12)
+        if self.peak_tflops is not None:
+            flops = self.row_flops * self.config.training.rows_per_step / self.processes.world
+            figures["mfu"] = flops / timing["seconds_per_step"] / (self.peak_tflops * 1e12)
         self.logger.record(state.step, figures)
         terms = sorted(name.removeprefix("loss/") for name in figures if name.startswith("loss/"))
         self.logger.say(console_line(state.step, self.config.max_steps, figures, terms))
@@ -350,11 +359,11 @@ class Trainer:
         if problems[0]:
             raise ConfigError(problems[0])
 
-    def _compile_module(self, stage: int) -> None:
+    def _compile_module(self) -> None:
         if not self.config.training.compile:
             return
         on_cpu = self.processes.device.type == "cpu"
-        if stage == 3:
+        if self.stage == 3:
             self.logger.say("training.compile: not under ZeRO-3, whose hooks break the graph at every module")
         elif on_cpu and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
             self.logger.say("training.compile: no C++ compiler found, running uncompiled")
@@ -368,14 +377,32 @@ class Trainer:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, note)
 
-    def _print_plan(self, settings: dict[str, Any]) -> None:
+    def _tell_memory(self) -> None:
+        training, world, measured = self.config.training, self.processes.world, self.state_meter.stop()
+        expected, promised = (
+            state_bytes(
+                self.groups,
+                stage=self.stage,
+                world=world,
+                precision=training.precision,
+                averages=len(training.ema_decays),
+                promised=promise,
+            )
+            for promise in (False, True)
+        )
+        self.logger.say(
+            f"weights, gradients, optimizer and averages: {measured / 2**20:.1f} MiB a rank at their peak, "
+            f"{expected / 2**20:.1f} expected (ZeRO stage {self.stage} by the paper: {promised / 2**20:.1f})"
+        )
+
+    def _print_plan(self) -> None:
         config, world = self.config, self.processes.world
-        self.parameters = sum(math.prod(shape) for shape in self.state.partitions.shapes.values())
+        parameters = sum(n for n, _ in self.groups)
         tokens = config.training.rows_per_step * config.data.row_tokens
         say = self.logger.say
         say(
-            f"{self.parameters / 1e6:.2f}M parameters | {world} process(es) on {self.processes.device.type}, "
-            f"ZeRO stage {settings['zero_optimization'].get('stage', 0)} | weights {config.training.precision}, "
+            f"{parameters / 1e6:.2f}M parameters | {world} process(es) on {self.processes.device.type}, "
+            f"ZeRO stage {self.stage} | weights {config.training.precision}, "
             "masters, accumulation and reduction fp32"
         )
         say(

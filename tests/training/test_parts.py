@@ -14,7 +14,6 @@ from megatext.config import ConfigError
 from megatext.data.stream import DataConfig
 from megatext.training.deepspeed_json import deepspeed_json
 from megatext.training.engine import Processes, accumulation_steps, chosen_precision
-from megatext.training.estimate import flops_per_token, state_gib
 from megatext.training.metrics import Logger, LoggingConfig, Meter, console_line, duration
 from megatext.training.optimizer import OptimizerConfig, build_optimizer, orthogonalize
 from megatext.training.partitions import _contiguous
@@ -203,11 +202,3 @@ def test_console_lines_are_aligned() -> None:
     assert len(set(map(len, lines))) == 1
     assert lines[0].startswith("step    1/1000 | loss  3.2100 | lr 3.00e-04 | grad   0.50 |  12.3k tok/s")
     assert duration(90061) == "1d 1:01:01"
-
-
-def test_estimates() -> None:
-    module = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 8, bias=False), nn.LayerNorm(8))
-    assert flops_per_token(module) == 6 * 32
-    everything = {"world": 8, "precision": "bf16", "ema": True, "muon": False}
-    assert state_gib(2**30, stage=1, **everything) == pytest.approx(2 + 4 + 16 / 8)  # type: ignore[arg-type]
-    assert state_gib(2**30, stage=3, **everything) == pytest.approx((2 + 4 + 16) / 8)  # type: ignore[arg-type]
