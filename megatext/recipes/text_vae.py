@@ -26,6 +26,9 @@ from megatext.training.run_config import RunConfig
 NOISE_LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Noise levels of the reconstruction curve: latents (1 - s) z + s eps, standardised."""
 
+NOISE_BINS = 10
+"""Decode accuracy is logged in this many equal bins of the decoder's noise level."""
+
 
 @dataclass(frozen=True)
 class TextVAERecipeConfig:
@@ -60,7 +63,7 @@ class TextVAETraining(nn.Module):
 
     def __init__(self, network: TextVAE, config: TextVAERecipeConfig, teacher_width: int) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.decoder_noise = network, config.decoder_noise
         self.projector: nn.Module | None = None
         if config.repa_weight > 0:
             width = network.config.encoder.width
@@ -91,8 +94,11 @@ class TextVAETraining(nn.Module):
         count = real.sum().double()
         output = Output(
             {"reconstruction": (cross_entropy * real).sum(), "kl": (kl * real).sum()},
-            {"accuracy": (correct.sum().double(), count)},
+            {"accuracy": (correct.sum().double(), count), **latent_health(mean.detach(), real)},
         )
+        if self.decoder_noise > 0:
+            hits, tried = objectives.by_timestep_bin(correct.float(), noise_level, real, NOISE_BINS)
+            output.metrics |= {f"accuracy_s{i}": (hits[i], tried[i]) for i in range(NOISE_BINS)}
         if self.projector is not None and teacher is not None and teacher_mask is not None:
             projected = self.projector(features).float()
             cosine = torch.nn.functional.cosine_similarity(projected, teacher, dim=-1)
@@ -102,6 +108,24 @@ class TextVAETraining(nn.Module):
                 teacher_mask.sum().double(),
             )
         return output
+
+
+def latent_health(mean: Tensor, real: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """What tells a collapsing latent space, of posterior means `[rows, columns, channels]` where `real`.
+
+    `latent_variance` of a channel over the tokens and `latent_mean_abs`, both averaged over channels; `active_units`,
+    the channels whose mean varies by more than 0.01 (Burda et al., arXiv 1509.00519, section 5.1).
+    """
+    one = torch.ones((), dtype=torch.float64, device=mean.device)
+    weight = real.double()[..., None]
+    count = weight.sum().clamp(min=1.0)
+    centre = (mean * weight).sum(dim=(0, 1)) / count
+    variance = ((mean - centre).square() * weight).sum(dim=(0, 1)) / count
+    return {
+        "latent_variance": (variance.mean(), one),
+        "latent_mean_abs": (centre.abs().mean(), one),
+        "active_units": ((variance > 0.01).double().sum(), one),
+    }
 
 
 class TextVAERecipe(Recipe):

@@ -1,8 +1,11 @@
-"""What a run says: one aligned console line a logging step, metrics.jsonl as the record, wandb as a mirror of it."""
+"""What a run says: one aligned console line a logging step, metrics.jsonl as the record, wandb as a mirror of it.
 
+python -m megatext.training.metrics plot runs/small/vae runs/small/dit --output curves.png
+"""
+
+import argparse
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -13,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatext.config import ConfigError
+from megatext.config import ConfigError, cli_errors
+from megatext.training.wandb_mirror import WandbMirror
 
 PEAK_BF16_TFLOPS = {"H200": 989.0, "H100": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0}
 """Dense bf16 peak by card."""
@@ -28,7 +32,7 @@ class LoggingConfig:
     wandb_project: str | None = None
     """Also log to this project of Weights & Biases; None does not."""
     wandb_mode: Literal["online", "offline"] | None = None
-    """None: online where a key is configured, else offline."""
+    """None: what $WANDB_MODE says; without it online where a key is configured, else offline."""
 
     def __post_init__(self) -> None:
         if self.log_every_steps < 1:
@@ -82,33 +86,9 @@ class Logger:
     def __init__(self, run_dir: Path, config: LoggingConfig, *, is_main: bool, resolved: dict[str, Any]) -> None:
         self.is_main = is_main
         self.path = run_dir / "metrics.jsonl"
-        self._wandb = self._start_wandb(run_dir, config, resolved) if is_main and config.wandb_project else None
-
-    def _start_wandb(self, run_dir: Path, config: LoggingConfig, resolved: dict[str, Any]) -> Any:
-        try:
-            import wandb
-        except ImportError:
-            self.say("wandb is not installed (pip install wandb): logging to metrics.jsonl only")
-            return None
-        has_key = bool(os.environ.get("WANDB_API_KEY")) or "api.wandb.ai" in _read_text(Path.home() / ".netrc")
-        mode = config.wandb_mode or ("online" if has_key else "offline")
-        id_file = run_dir / "wandb_id"  # one run there for one run here, however often it is resumed
-        if not id_file.exists():
-            id_file.write_text(os.urandom(4).hex(), encoding="utf-8")
-        try:
-            return wandb.init(
-                project=config.wandb_project,
-                name=run_dir.name,
-                id=id_file.read_text(encoding="utf-8"),
-                resume="allow",
-                mode=mode,
-                dir=str(run_dir),
-                config=resolved,
-                settings=wandb.Settings(silent=True),
-            )
-        except Exception as error:  # a run must not end because its mirror is broken
-            self.say(f"wandb could not be started ({error}): logging to metrics.jsonl only")
-            return None
+        self._mirror: WandbMirror | None = None
+        if is_main and config.wandb_project:
+            self._mirror = WandbMirror(run_dir, config.wandb_project, config.wandb_mode, resolved, self.say)
 
     def rewind(self, step: int) -> None:
         """Forget records after `step`: a resumed run logs those steps again."""
@@ -132,23 +112,16 @@ class Logger:
         written = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **written}) + "\n")
-        if self._wandb is not None:
-            self._wandb.log(figures, step=step)
+        if self._mirror is not None:
+            self._mirror.record(step, figures)
 
     def say(self, text: str) -> None:
         if self.is_main:
             print(text, flush=True)
 
     def finish(self) -> None:
-        if self._wandb is not None:
-            self._wandb.finish()
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return ""
+        if self._mirror is not None:
+            self._mirror.finish()
 
 
 class Clock:
@@ -229,3 +202,41 @@ def duration(seconds: float) -> str:
     days, rest = divmod(whole, 86400)
     clock = f"{rest // 3600}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
     return f"{days}d {clock}" if days else clock
+
+
+def read_records(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl. Raises ConfigError."""
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; is {run_dir} the run_dir of a run that has logged?")
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            records.append({"step": -1} | json.loads(line))
+        except ValueError:
+            print(f"warning: {path}:{number} is not whole, passed over", file=sys.stderr)
+    return records
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    from megatext.training.plots import plot
+
+    parser = argparse.ArgumentParser(prog="python -m megatext.training.metrics", description="What runs recorded.")
+    command = parser.add_subparsers(dest="command", required=True).add_parser(
+        "plot", help="curves of one or several runs", description="Draw loss, throughput and latent health of runs."
+    )
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
+    command.add_argument("--output", type=Path, help="PNG to write; by default curves.png in the first run")
+    command.add_argument("--smooth", type=float, default=0.0, metavar="DECAY", help="average curves by this decay")
+    arguments = parser.parse_args(argv)
+    if not 0.0 <= arguments.smooth < 1.0:
+        parser.error("--smooth must be at least 0 and below 1")
+    output = arguments.output or arguments.runs[0] / "curves.png"
+    plot({str(run): read_records(run) for run in arguments.runs}, output, arguments.smooth)
+    print(f"{output}")
+
+
+if __name__ == "__main__":
+    with cli_errors():
+        main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""The trainer's parts on their own: schedule, Muon, layouts, DeepSpeed's JSON, metrics, estimates."""
+"""The trainer's parts on their own: schedule, Muon, layouts, DeepSpeed's JSON."""
 
 import json
 import math
@@ -14,7 +14,6 @@ from megatext.config import ConfigError
 from megatext.data.stream import DataConfig
 from megatext.training.deepspeed_json import deepspeed_json
 from megatext.training.engine import Processes, accumulation_steps, chosen_precision
-from megatext.training.metrics import Logger, LoggingConfig, Meter, console_line, duration
 from megatext.training.optimizer import OptimizerConfig, build_optimizer, orthogonalize
 from megatext.training.partitions import _contiguous
 from megatext.training.run_config import RunConfig, TrainingConfig
@@ -147,58 +146,3 @@ def test_accumulation_follows_or_is_refused() -> None:
         accumulation_steps(config(rows_per_step=24, micro_batch_rows=5), world=2)
     with pytest.raises(ConfigError, match="multiple of 5"):
         accumulation_steps(config(rows_per_step=24, micro_batch_rows=1), world=5)
-
-
-def test_meter_divides_once() -> None:
-    meter = Meter()
-    for total, count in ((1.0, 1), (5.0, 3)):
-        meter.add("pair", torch.tensor(total), torch.tensor(count))
-        meter.add("sum", torch.tensor(total))
-    meter.add("empty", torch.tensor(0.0), torch.tensor(0))
-    assert meter.read() == {"pair": 1.5, "sum": 6.0}
-    assert meter.read() == {}
-
-
-def test_rewind_forgets_what_will_be_logged_again(tmp_path: Path) -> None:
-    logger = Logger(tmp_path, LoggingConfig(), is_main=True, resolved={})
-    for step in (1, 2, 3):
-        logger.record(step, {"loss": 1.0})
-    with logger.path.open("a") as file:
-        file.write('{"step": 4, "lo')  # killed while writing
-    logger.rewind(2)
-    assert [json.loads(line)["step"] for line in logger.path.read_text().splitlines()] == [1, 2]
-
-
-def test_wandb_offline_mirrors_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a key and a network: what is logged lies in the run directory, to be synchronised later."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    logger = Logger(tmp_path, LoggingConfig(wandb_project="p"), is_main=True, resolved={"seed": 7})
-    assert logger._wandb is not None
-    logger.record(3, {"loss": 1.25})
-    logger.finish()
-    (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    content = log.read_bytes()
-    assert b"loss" in content and b"1.25" in content and b"seed" in content
-
-
-def test_missing_wandb_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    logger = Logger(tmp_path, LoggingConfig(wandb_project="p"), is_main=True, resolved={})
-    logger.record(1, {"loss": 1.0})
-    logger.finish()
-    assert capsys.readouterr().out.count("\n") == 1
-
-
-def test_console_lines_are_aligned() -> None:
-    figures = {
-        "loss": 3.21, "learning_rate": 3e-4, "grad_norm": 0.5, "tokens_per_second": 12345.0, "data_wait": 0.01,
-        "memory_gib": 1.5, "eta_seconds": 3723.0,
-    }  # fmt: skip
-    lines = [console_line(step, 1000, figures, ["ce"]) for step in (1, 1000)]
-    assert len(set(map(len, lines))) == 1
-    assert lines[0].startswith("step    1/1000 | loss  3.2100 | lr 3.00e-04 | grad   0.50 |  12.3k tok/s")
-    assert duration(90061) == "1d 1:01:01"
