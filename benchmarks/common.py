@@ -7,8 +7,14 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from megatext.data.shards import FORMAT_VERSION, MANIFEST, TOKENIZER_FOLDER, ShardWriter, write_json
+from megatext.tokenizer import Tokenizer
 
 
 def best_of(contestants: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
@@ -31,6 +37,41 @@ def report(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], fi
         print("  ".join(cells).rstrip())
     machine = {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
     print(json.dumps({"benchmark": title, **figures, "machine": machine}), flush=True)
+
+
+def documents(count: int, mean: float, seed: int, vocab_size: int = 50_000) -> Iterator[np.ndarray]:
+    """Random tokens with the lengths of web text: log-normal, most of them short, some very long."""
+    generator = np.random.default_rng(seed)
+    lengths = np.clip(generator.lognormal(np.log(mean) - 0.5, 1.0, count), 8, 60_000).astype(int)
+    for length in lengths:
+        yield generator.integers(3, vocab_size, length, dtype=np.uint16)
+
+
+def write_shards(
+    folder: Path, texts: Iterable[np.ndarray], shard_tokens: int = 10_000_000, tokenizer: Tokenizer | None = None
+) -> int:
+    """Shards as data_tools.shard writes them; their tokens."""
+    folder.mkdir()
+    entries: list[dict[str, Any]] = []
+    writer = None
+    for number, tokens in enumerate(texts):
+        writer = writer or ShardWriter(folder / f"train-{len(entries):06d}.tar")
+        writer.add(f"document-{number:09d}", {"tokens": tokens}, {"n_tokens": len(tokens)}, len(tokens))
+        if writer.tokens >= shard_tokens:
+            entries.append(writer.close())
+            writer = None
+    if writer is not None:
+        entries.append(writer.close())
+    total = {
+        key: sum(entry[name] for entry in entries) for key, name in (("documents", "samples"), ("tokens", "tokens"))
+    }
+    identity: dict[str, Any] = {"fingerprint": "benchmark", "vocab_size": 50_000, "eos_id": 2}
+    if tokenizer is not None:
+        tokenizer.save(folder / TOKENIZER_FOLDER)
+        identity = {"fingerprint": tokenizer.fingerprint(), "vocab_size": tokenizer.vocab_size, "eos_id": 2}
+    splits = {"train": {**total, "shards": entries}}
+    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "tokenizer": identity, "splits": splits})
+    return int(total["tokens"])
 
 
 def _cpu() -> str:

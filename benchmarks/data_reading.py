@@ -20,9 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import best_of, report
+from common import best_of, documents, report, write_shards
 
-from megatext.data.shards import FORMAT_VERSION, MANIFEST, ShardWriter, write_json
 from megatext.data.stream import DataConfig, TokenStream
 
 ROW_TOKENS = 1024
@@ -41,36 +40,6 @@ for sample in range(0, 4000, 40):
     stream.batch(stream.plan(sample), slice(None))
 print(anonymous() - before)
 """
-
-
-def documents(count: int, mean: float, seed: int) -> Iterator[np.ndarray]:
-    """Random tokens with the lengths of web text: log-normal, most of them short, some very long."""
-    generator = np.random.default_rng(seed)
-    lengths = np.clip(generator.lognormal(np.log(mean) - 0.5, 1.0, count), 8, 60_000).astype(int)
-    for length in lengths:
-        yield generator.integers(3, 50_000, length, dtype=np.uint16)
-
-
-def write_shards(folder: Path, texts: Iterable[np.ndarray], shard_tokens: int = 10_000_000) -> int:
-    """Shards as data_tools.shard writes them; their tokens."""
-    folder.mkdir()
-    entries: list[dict[str, Any]] = []
-    writer = None
-    for number, tokens in enumerate(texts):
-        writer = writer or ShardWriter(folder / f"train-{len(entries):06d}.tar")
-        writer.add(f"document-{number:09d}", {"tokens": tokens}, {"n_tokens": len(tokens)}, len(tokens))
-        if writer.tokens >= shard_tokens:
-            entries.append(writer.close())
-            writer = None
-    if writer is not None:
-        entries.append(writer.close())
-    total = {
-        key: sum(entry[name] for entry in entries) for key, name in (("documents", "samples"), ("tokens", "tokens"))
-    }
-    tokenizer = {"fingerprint": "benchmark", "vocab_size": 50_000, "eos_id": 2}
-    splits = {"train": {**total, "shards": entries}}
-    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "tokenizer": tokenizer, "splits": splits})
-    return int(total["tokens"])
 
 
 def pack(texts: Iterable[np.ndarray]) -> int:

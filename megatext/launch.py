@@ -56,9 +56,11 @@ def dry_run(config: RunConfig, deepspeed_config: Path | None) -> None:
         config.training, rows_per_step=processes.world, micro_batch_rows=1, compile=False, validation_batches=0
     )
     with tempfile.TemporaryDirectory(prefix="megatext-dry-run-") as folder:  # what rank 0 logs
+        folders = [folder]
+        dist.broadcast_object_list(folders, src=0)
         tiny = dataclasses.replace(
             config,
-            run_dir=folder,
+            run_dir=folders[0],
             max_steps=1,
             training=one_row,
             logging=dataclasses.replace(config.logging, wandb_project=None),

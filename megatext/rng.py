@@ -37,6 +37,12 @@ def uniform(seed: int, purpose: str, counters: Sequence[int] | np.ndarray) -> np
     return (z >> np.uint64(11)).astype(np.float64) / float(1 << 53)
 
 
+def on_device(values: np.ndarray, device: str | torch.device) -> torch.Tensor:
+    """The array as a tensor; its way to a GPU does not make the host wait."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor
+
+
 def normal(
     seed: int,
     purpose: str,

@@ -210,9 +210,7 @@ def make(config: PretrainLMConfig, vocab_size: int, eos_id: int = 0, pad_id: int
     architecture._attn_implementation = model.attention or ("sdpa" if on_gpu else "eager")
     lm = Qwen3ForCausalLM(architecture).float()
     if model.activation_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for number, layer in enumerate(lm.model.layers):
-            layer.gradient_checkpointing = number % model.activation_checkpointing == 0
+        lm.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=model.activation_checkpointing)
     return CausalLM(lm, model.logits_chunk_tokens)
 
 

@@ -262,7 +262,7 @@ class TextDiTRecipe(Recipe):
         """(`timesteps [1 + rows * groups]`, index `[rows, columns]`): one timestep for each row and group, entry 0 the
         clean end. In a row the timesteps are a golden-ratio sequence: spread evenly, whatever the row's length."""
         u = (draw.uniform("timestep")[:, None] + 0.6180339887498949 * np.arange(groups)) % 1.0
-        t = self.flow.timesteps.quantile(torch.from_numpy(u)).float().flatten().to(group.device)
+        t = rng.on_device(self.flow.timesteps.quantile(torch.from_numpy(u)).float().flatten().numpy(), group.device)
         rows = torch.arange(group.shape[0], device=group.device)[:, None]
         return torch.cat((t.new_zeros(1), t)), 1 + rows * groups + group
 

@@ -1,6 +1,6 @@
 """TextVAE: reconstruction, KL with warm-up, REPA alignment to a frozen language model, noise-robust decoding."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,6 +146,10 @@ class TextVAERecipe(Recipe):
             self.module, lambda name, p: torch.randn(p.shape, generator=rng.generator(self.seed, f"init/{name}"))
         )
 
+    def to(self, device: torch.device) -> None:
+        if self.teacher is not None:
+            self.teacher = self.teacher.to(device)
+
     def loss_weights(self, step: int) -> dict[str, float]:
         warm = min(1.0, (step + 1) / self.config.kl_warmup_steps) if self.config.kl_warmup_steps else 1.0
         weights = {"reconstruction": 1.0, "kl": self.config.kl_weight * warm}
@@ -242,7 +246,11 @@ class TeacherStatistics:
 
     def standardise(self, states: Tensor) -> Tensor:
         """float32, same shape."""
-        return (states.float() - self.mean.to(states.device)) / self.std.to(states.device)
+        return (states.float() - self.mean) / self.std
+
+    def to(self, device: torch.device) -> "TeacherStatistics":
+        """The same on `device`."""
+        return replace(self, mean=self.mean.to(device), std=self.std.to(device))
 
 
 def build(config: PretrainVAEConfig) -> TextVAERecipe:

@@ -390,6 +390,8 @@ class Trainer:
             )
             for promise in (False, True)
         )
+        gib = {"state_gib": measured, "state_expected_gib": expected, "state_zero_gib": promised}
+        self.logger.record(self.state.step, {name: size / 2**30 for name, size in gib.items()})
         self.logger.say(
             f"weights, gradients, optimizer and averages: {measured / 2**20:.1f} MiB a rank at their peak, "
             f"{expected / 2**20:.1f} expected (ZeRO stage {self.stage} by the paper: {promised / 2**20:.1f})"

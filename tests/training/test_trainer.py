@@ -4,6 +4,8 @@ import json
 import resource
 import shutil
 import signal
+import threading
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,10 @@ from megatext.config import ConfigError, load_config
 from megatext.data import DataError
 from megatext.export import export
 from megatext.training import checkpoint
-from megatext.training.guards import NonFiniteError
 from megatext.training.run_state import check_built_on
-from megatext.training.trainer import REQUEUE_EXIT_CODE, train
+from megatext.training.trainer import train
 from tests.training import toy
+from tests.training.comparison import assert_same_run, weights
 
 FILES = Path(__file__).resolve().parents[2] / "ds_configs"
 
@@ -53,23 +55,6 @@ def run_here(folder: Path, name: str, ds_file: str | None = None, **overrides: o
 def reference(folder: Path) -> Path:
     """10 steps on one process, 4 micro-batches a step, every step saved."""
     return run_here(folder, "reference", save_every_steps=1, training__keep_last=20)
-
-
-def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in toy.records(run) if "loss" in line]
-
-
-def weights(run: Path, key: str = "master", step: int = 10) -> dict[str, torch.Tensor]:
-    return checkpoint.Reader(checkpoint.checkpoint_path(run, step)).state_dict(key)
-
-
-def assert_same_run(run: Path, reference: Path, tolerance: float) -> None:
-    assert losses(run) == pytest.approx(losses(reference), rel=tolerance, abs=0)
-    for key in ("master", "ema_0.9", "ema_0.5"):
-        mine, theirs = weights(run, key), weights(reference, key)
-        assert mine.keys() == theirs.keys()
-        for name in mine:
-            torch.testing.assert_close(mine[name], theirs[name], rtol=tolerance, atol=tolerance)
 
 
 def test_records_and_files(reference: Path) -> None:
@@ -117,43 +102,6 @@ def test_every_stage_takes_the_same_steps(folder: Path, reference: Path, zero0: 
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
-@pytest.mark.dist
-def test_two_ranks_of_zero3_equal_one_process(folder: Path, reference: Path) -> None:
-    """2 ranks x 2 micro-batches = 1 rank x 4 micro-batches, with Muon, clipping, two loss terms and EMA."""
-    result = toy.start(2, folder, "two")
-    assert result.returncode == 0, result.stdout
-    assert "ZeRO stage 3" in result.stdout
-    assert_same_run(folder / "two", reference, 1e-5)
-
-
-@pytest.mark.dist
-def test_resume_on_another_number_of_ranks(folder: Path, reference: Path) -> None:
-    """6 steps on two ranks of ZeRO-3, killed, 4 more on one process of ZeRO-1."""
-    result = toy.start(2, folder, "elastic", kill_at_step=8)
-    assert result.returncode == -9, result.stdout
-    run_here(folder, "elastic")
-    assert_same_run(folder / "elastic", reference, 1e-5)
-
-
-@pytest.mark.dist
-def test_killed_and_resumed_equals_uninterrupted(folder: Path, reference: Path) -> None:
-    """10 steps == 6 saved, killed in the 8th, resumed: bit for bit."""
-    result = toy.start(1, folder, "killed", kill_at_step=8)
-    assert result.returncode == -9, result.stdout
-    assert checkpoint.list_checkpoints(folder / "killed")[-1].name == "step-00000006"
-    run_here(folder, "killed")
-    assert losses(folder / "killed") == losses(reference)
-    assert_same_run(folder / "killed", reference, 0.0)
-
-
-@pytest.mark.dist
-@pytest.mark.parametrize(("world", "number"), [(1, signal.SIGUSR1), (2, signal.SIGTERM)])
-def test_a_signal_saves_and_asks_to_be_requeued(folder: Path, world: int, number: int) -> None:
-    result = toy.start(world, folder, f"signalled{world}", signal_at_step=4, signal_number=int(number))
-    assert result.returncode == REQUEUE_EXIT_CODE, result.stdout
-    assert checkpoint.list_checkpoints(folder / f"signalled{world}")[-1].name == "step-00000004"
-
-
 def test_figures_of_a_shorter_run_are_not_those_of_its_continuation(folder: Path) -> None:
     """A run that was continued and stopped by a signal in its very last step still has to be finished."""
     run = run_here(folder, "extended", max_steps=4)
@@ -164,18 +112,76 @@ def test_figures_of_a_shorter_run_are_not_those_of_its_continuation(folder: Path
     assert json.loads((run / "finished.json").read_text())["step"] == 6
 
 
-def test_damaged_checkpoint_falls_back(folder: Path, reference: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = folder / "damaged"
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "no marker", "broken marker", "foreign marker"])
+def test_damaged_checkpoints_fall_back(
+    folder: Path, reference: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = folder / f"damaged {damage}"
     shutil.copytree(reference, run)
     for step in (8, 9, 10):
-        path = checkpoint.checkpoint_path(run, step) / "rank-00000.pt"
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
-    run_here(folder, "damaged")
+        path = checkpoint.checkpoint_path(run, step)
+        content = bytearray((path / "rank-00000.pt").read_bytes())
+        if damage == "flipped":
+            content[len(content) // 2] ^= 1
+            (path / "rank-00000.pt").write_bytes(content)
+        elif damage == "truncated":
+            (path / "rank-00000.pt").write_bytes(content[:-100])
+        elif damage == "missing":
+            (path / "rank-00000.pt").unlink()
+        elif damage == "no marker":
+            (path / "COMPLETE").unlink()
+        elif damage == "broken marker":
+            (path / "COMPLETE").write_text('{"files": {"rank-0')
+        else:
+            shutil.copy(checkpoint.checkpoint_path(run, 1) / "COMPLETE", path)
+    run_here(folder, run.name)
     shown = capsys.readouterr().out
-    assert "step-00000010/rank-00000.pt is missing or was changed" in shown and "at step 7" in shown
+    assert shown.count("; trying the checkpoint before it") == 3
+    assert f"warning: {checkpoint.checkpoint_path(run, 10)}" in shown and "at step 7" in shown
     assert_same_run(run, reference, 0.0)
+
+
+def test_a_marker_that_names_too_little_is_no_marker(folder: Path, reference: Path) -> None:
+    path = folder / "few" / "step-00000010"
+    shutil.copytree(checkpoint.checkpoint_path(reference, 10), path)
+    listed = json.loads((path / "COMPLETE").read_text())["files"]
+    del listed["rank-00000.pt"]
+    (path / "COMPLETE").write_text(json.dumps({"files": listed}))
+    with pytest.raises(checkpoint.DamagedCheckpoint, match="rank-00000.pt is in one of them only"):
+        checkpoint.verify(path)
+
+
+def test_what_is_kept(folder: Path) -> None:
+    run = run_here(folder, "kept", save_every_steps=1, training__keep_last=2, training__keep_every_steps=4)
+    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(run)] == [4, 8, 9, 10]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    folder: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The write of step 3 waits for step 5, and is of step 3 all the same."""
+    write, in_step_5 = checkpoint.write, threading.Event()
+    taken = []
+
+    def slow(path: Path, *rest: Any) -> None:
+        if path.name == "step-00000003":
+            taken.append(in_step_5.wait(timeout=60))
+        write(path, *rest)
+
+    def prepare(self: toy.ToyRecipe, *args: Any, step: int, **options: Any) -> Any:
+        if step == 4:
+            in_step_5.set()
+        return original(self, *args, step=step, **options)
+
+    original = toy.ToyRecipe.prepare
+    monkeypatch.setattr(checkpoint, "write", slow)
+    monkeypatch.setattr(toy.ToyRecipe, "prepare", prepare)
+    run = run_here(folder, "beside", training__keep_last=20)
+    assert taken == [True]
+    for key in ("master", "ema_0.9", "momentum"):
+        theirs = checkpoint.Reader(checkpoint.checkpoint_path(reference, 3)).ranks[0]["flat"][key]
+        mine = checkpoint.Reader(checkpoint.checkpoint_path(run, 3)).ranks[0]["flat"][key]
+        assert all(a is b or torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
 def test_probe_loss_refuses_foreign_weights(folder: Path, reference: Path) -> None:
@@ -204,41 +210,37 @@ def test_resume_never_and_another_model_are_refused(folder: Path, reference: Pat
         run_here(folder, "reference", data__max_tokens=16)
 
 
-def test_a_full_disk_ends_the_run_in_one_line_and_leaves_nothing_half_written(folder: Path, reference: Path) -> None:
+def test_a_full_disk_ends_the_run_in_one_line_and_leaves_nothing_half_written(
+    folder: Path, reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first failure, beside the training, is a warning: the disk may have room again; the second is the end."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
     try:
         with pytest.raises(DataError, match=r"step-00000006 could not be written: rank 0: .*start the same"):
             run_here(folder, "full")
+        with pytest.raises(DataError, match=r"step-00000003 could not be written: rank 0: .*start the same"):
+            run_here(folder, "full", training__async_save=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "warning: the checkpoint" in capsys.readouterr().out
     assert not list((folder / "full" / "checkpoints").iterdir())
     assert_same_run(run_here(folder, "full"), reference, 0.0)
+
+
+def test_space_is_looked_for_before_it_is_written_to(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    monkeypatch.setattr(checkpoint.torch, "save", lambda *args: written.append(args))
+    with pytest.raises(DataError, match=r"it takes 0.00 GiB and 0.00 GiB are free"):
+        run_here(folder, "no space", training__async_save=False)
+    assert not written
 
 
 def test_other_models_than_those_trained_on_are_refused() -> None:
     check_built_on(Path("here"), {"dit.vae": "a"}, {"dit.vae": "a", "dit.warm_start": "b"})
     with pytest.raises(ConfigError, match=r"here: was trained on another dit\.vae"):
         check_built_on(Path("here"), {"dit.vae": "a"}, {"dit.vae": "b"})
-
-
-@pytest.mark.parametrize("stage", [0, 1])
-def test_non_finite_step_is_skipped_named_and_counted(
-    folder: Path, zero0: str, stage: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = run_here(folder, f"nan{stage}", None if stage else zero0, nan_at_steps=[4], max_steps=6)
-    shown = capsys.readouterr().out
-    assert "step 4 skipped (skipped so far: 1): rank 0: loss nan in micro-batch 0" in shown
-    assert "blocks.0" in shown and "documents train-" in shown
-    assert [line["skipped_steps"] for line in toy.records(run) if "skipped_steps" in line] == [0, 0, 0, 1, 1, 1]
-    before, after = weights(run, step=3), weights(run, step=6)
-    assert all(torch.isfinite(value).all() for value in after.values())
-    assert not torch.equal(before["embed.weight"], after["embed.weight"])
-
-
-def test_non_finite_steps_in_a_row_stop_the_run(folder: Path) -> None:
-    with pytest.raises(NonFiniteError, match="2 steps in a row"):
-        run_here(folder, "nans", nan_at_steps=[2, 3], training__skipped_steps_limit=2)
 
 
 def test_bf16_keeps_statistics_exact_and_exports(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

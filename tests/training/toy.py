@@ -2,14 +2,16 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,9 +22,9 @@ from megatext.data.shards import FORMAT_VERSION, ShardWriter, write_json
 from megatext.recipes.base import Output, Prepared, Recipe
 from megatext.training.run_config import RunConfig
 from megatext.training.trainer import train
+from tests.processes import run_ranks
 
 VOCABULARY = 61
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +33,30 @@ class ToyConfig(RunConfig):
 
     width: int = 24
     """Of the network."""
-    kill_at_step: int | None = None
-    """SIGKILL to itself in this step."""
+    accident_rank: int = 0
+    """The rank that the following happens to."""
+    sleep_at_step: int | None = None
+    """Sleep for ten minutes in this step."""
     signal_at_step: int | None = None
     """A signal to itself in this step."""
     signal_number: int = 15
     """Which."""
     nan_at_steps: tuple[int, ...] = ()
     """Steps whose loss is not a number."""
+    nan_gradient_at_steps: tuple[int, ...] = ()
+    """Steps whose loss is a number and whose gradient is not, behind the first block."""
+
+
+class PoisonedGradient(torch.autograd.Function):
+    """The identity, of gradient nan."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0] * float("nan")
 
 
 class ToyModule(nn.Module):
@@ -55,10 +73,13 @@ class ToyModule(nn.Module):
         self.head.weight = self.embed.weight
         self.register_buffer("latent_mean", torch.full((3,), 1 / 3))
 
-    def forward(self, tokens: Tensor, targets: Tensor, real: Tensor, noise: Tensor) -> Output:
+    def forward(self, tokens: Tensor, targets: Tensor, real: Tensor, noise: Tensor, poisoned: bool) -> Output:
         x = self.embed(tokens) + noise.to(self.embed.weight.dtype)
         for block in self.blocks:
-            x = x + block(x)
+            mixed = block(x)
+            if poisoned and block is self.blocks[0]:
+                mixed = PoisonedGradient.apply(mixed)
+            x = x + mixed
         logits = self.head(x).float()
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(real)
         square = (logits.logsumexp(-1).square() * real).sum()
@@ -77,9 +98,10 @@ class ToyRecipe(Recipe):
         self.module = ToyModule(config.width)
 
     def prepare(self, batch: TokenBatch, *, step: int, purpose: str = "train") -> Prepared:
-        if purpose == "train" and step + 1 == self.config.kill_at_step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if purpose == "train" and step + 1 == self.config.signal_at_step:
+        here = purpose == "train" and dist.get_rank() == self.config.accident_rank
+        if here and step + 1 == self.config.sleep_at_step:
+            time.sleep(600)
+        if here and step + 1 == self.config.signal_at_step:
             os.kill(os.getpid(), self.config.signal_number)
         real = (batch.segment >= 0).float()
         real[:, -1] = 0
@@ -87,9 +109,10 @@ class ToyRecipe(Recipe):
         noise = 0.02 * rng.normal(
             self.config.seed, f"noise/{purpose}", batch.row_index.tolist(), (batch.tokens.shape[1], width)
         )
-        if purpose == "train" and step + 1 in self.config.nan_at_steps:
+        if here and step + 1 in self.config.nan_at_steps:
             noise[0, 0] = float("nan")
-        inputs = {"tokens": batch.tokens, "targets": batch.tokens.roll(-1, 1), "real": real, "noise": noise}
+        inputs: dict[str, Any] = {"tokens": batch.tokens, "targets": batch.tokens.roll(-1, 1), "real": real}
+        inputs |= {"noise": noise, "poisoned": here and step + 1 in self.config.nan_gradient_at_steps}
         return Prepared(inputs, {"ce": real.sum(), "z": real.sum() + 7})
 
     def loss_weights(self, step: int) -> dict[str, float]:
@@ -127,43 +150,18 @@ def write_toy_shards(directory: Path) -> Path:
     return directory
 
 
-def start(world: int, folder: Path, name: str, **overrides: object) -> "subprocess.CompletedProcess[str]":
-    """Run this file's program on `world` gloo processes with run_dir `folder/name`."""
+def command(folder: Path, name: str, **overrides: object) -> list[str]:
+    """This file's program with run_dir `folder/name`."""
     options = [
         f"--{key.replace('__', '.')}={json.dumps(value) if value is None else value}"
         for key, value in overrides.items()
     ]
-    config = ["--config", str(folder / "toy.yaml"), f"--run_dir={folder / name}"]
-    return run_ranks(world, [sys.executable, "-m", "tests.training.toy", *config, *options])
+    return ["-m", "tests.training.toy", "--config", str(folder / "toy.yaml"), f"--run_dir={folder / name}", *options]
 
 
-def run_ranks(world: int, command: list[str]) -> "subprocess.CompletedProcess[str]":
-    """Run a training command on `world` gloo processes; the output of all and the status of rank 0."""
-    from megatext.training.engine import _free_port
-
-    environment = os.environ | {
-        "WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "OMP_NUM_THREADS": "1",
-    }
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=REPOSITORY,
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        outputs = [process.communicate(timeout=600)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return subprocess.CompletedProcess(command, processes[0].returncode, "".join(outputs))
+def start(world: int, folder: Path, name: str, **overrides: object) -> "subprocess.CompletedProcess[str]":
+    """Run this file's program on `world` gloo processes."""
+    return run_ranks(world, [sys.executable, *command(folder, name, **overrides)])
 
 
 def records(run_dir: Path) -> list[dict[str, float]]:
