@@ -71,9 +71,9 @@ class RunState:
         }
         return checkpoint.snapshot(self.partitions, flat, scalars, self._buffers(), meta)
 
-    def read(self, path: Path) -> float:
-        """Become what a checkpoint holds; its loss on the probe batch. Raises ConfigError and DataError where it is
-        not a checkpoint of this run."""
+    def read(self, path: Path) -> dict[str, Any]:
+        """Become what a checkpoint holds; its meta.json. Raises ConfigError and DataError where it is not a checkpoint
+        of this run."""
         reader = checkpoint.Reader(path)
         self._check_same_run(path, reader.meta)
         scalars, own = reader.scalars, self.partitions.own_fragments()
@@ -96,7 +96,7 @@ class RunState:
             buffer.copy_(reader.buffers[name])
         self.step, self.sample, self.tokens = scalars["step"], scalars["sample"], scalars["tokens"]
         self.skipped_steps = scalars["skipped_steps"]
-        return float(reader.meta["probe_loss"])
+        return reader.meta
 
     def _check_same_run(self, path: Path, saved: dict[str, Any]) -> None:
         shapes = {name: list(shape) for name, shape in self.partitions.shapes.items()}

@@ -310,13 +310,15 @@ class Trainer:
             raise ConfigError(
                 f"{self.run_dir} holds a run already; set resume: auto to continue it, or another run_dir"
             )
-        saved = self.state.read(path)
+        meta = self.state.read(path)
+        saved = float(meta["probe_loss"])
         step = self.first_step = self.state.step
         self.engine.global_steps, self.engine.micro_steps = step, step * self.accumulation
         probe = self.validation.probe_loss(step)
-        if not math.isclose(probe, saved, rel_tol=2e-2, abs_tol=1e-3):
+        rounded = "bf16" in (self.config.training.precision, meta["config"]["training"]["precision"])
+        if not math.isclose(probe, saved, rel_tol=1e-2 if rounded else 1e-4):
             raise ConfigError(
-                f"{path}: the loss on the probe batch is {probe:.5f}, it was {saved:.5f} when this was "
+                f"{path}: the loss on the probe batch is {probe:.6f}, it was {saved:.6f} when this was "
                 "saved; the checkpoint does not fit this configuration or this code"
             )
         self.logger.rewind(step)

@@ -3,17 +3,25 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from megatext.config import ConfigError
+from megatext.config import ConfigError, from_dict
+from megatext.data.stream import DataConfig, TokenStream
 from megatext.export import export
 from megatext.generation import SamplingConfig, TextGenerator
 from megatext.launch import launch
+from megatext.nn.layout import Layout
+from megatext.recipes import build_recipe, config_class
+from megatext.recipes.pretrained import load_text_vae
+from megatext.training import checkpoint
 from tests.processes import REPOSITORY, run_ranks
 from tests.recipes.systems import SYSTEMS, pretrain
 from tests.training.toy import records
@@ -113,6 +121,38 @@ def test_a_dry_run_on_two_ranks(alone: tuple[Path, dict[str, Any]], tmp_path: Pa
     wrong = run_ranks(2, [*command, f"--run_dir={tmp_path / 'run'}", "--training.micro_batch_rows", "3"])
     assert wrong.returncode == 1 and "micro_batch_rows could be one of" in wrong.stdout, wrong.stdout
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_an_export_computes_what_training_did(name: str, alone: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """launch/export.py with DeepSpeed out of reach; what is loaded from it gives the outputs of the trained weights."""
+    run, output = alone[0] / name, tmp_path / "model"
+    blocked = (
+        "import runpy, sys; sys.modules['deepspeed'] = None; runpy.run_path('launch/export.py', run_name='__main__')"
+    )
+    arguments = ["--run", str(run), "--ema", "--output", str(output)]
+    done = subprocess.run([sys.executable, "-c", blocked, *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+    assert "exported the averaged weights (decay 0.9) of " in done.stdout, done.stderr
+    reader = checkpoint.Reader(checkpoint.list_checkpoints(run)[-1])
+    recipe = build_recipe(from_dict(config_class(reader.meta["config_class"]), reader.meta["config"], where="test"))
+    recipe.module.load_state_dict(reader.state_dict("ema_0.9"))
+    module = recipe.module.eval()
+    tokens = torch.randint(3, 300, (2, 8), generator=torch.Generator().manual_seed(0))
+    if name == "lm":
+        model = AutoModelForCausalLM.from_pretrained(output, attn_implementation="eager")
+        pairs = [(model(tokens).logits, module.lm(tokens).logits)]
+    elif name == "vae":
+        layout = Layout.of(torch.zeros_like(tokens), torch.arange(8).expand(2, -1))
+        pairs = list(
+            zip(load_text_vae(output)[0].encode(tokens, layout), module.network.encode(tokens, layout), strict=True)
+        )
+    else:
+        loaded = TextGenerator.from_pretrained(output)
+        data = from_dict(DataConfig, reader.meta["config"]["data"], where="test")
+        stream = TokenStream(data, seed=0, rows_per_step=2)
+        inputs = recipe.prepare(stream.batch(stream.plan(0), slice(None)), step=0).inputs
+        pairs = [(loaded.module(**inputs).loss_sums["flow"], module(**inputs).loss_sums["flow"])]
+    assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
 
 
 def test_a_vae_without_statistics_is_not_exported(alone: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from megatext.export import export
 from megatext.training import checkpoint
 from megatext.training.run_state import check_built_on
 from megatext.training.trainer import train
+from tests.processes import run_all
 from tests.training import toy
 from tests.training.comparison import assert_same_run, weights
 
@@ -73,16 +74,24 @@ def test_records_and_files(reference: Path) -> None:
     assert (reference / "config.yaml").is_file()
 
 
-def test_ema_equals_an_unsharded_average(folder: Path, reference: Path) -> None:
+@pytest.mark.dist
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_averages_equal_unsharded_ones(folder: Path, reference: Path, world: int) -> None:
+    """Two decays at once, computed here from the weights of every step."""
+    run = reference
+    if world > 1:
+        run = folder / f"ema{world}"
+        command = toy.command(folder, run.name, save_every_steps=1, training__keep_last=20)
+        assert run_all(world, [[*command, f"--deepspeed_config={FILES / 'zero3.json'}"]]) == [0]
     config, _ = load_config(toy.ToyConfig, ["--config", str(folder / "toy.yaml")])
     start = {name: p.detach().double() for name, p in toy.ToyRecipe(config).module.named_parameters()}
+    steps = {step: weights(run, step=step) for step in range(1, 11)}
     for longest in (0.9, 0.5):
         average = start
-        for step in range(1, 11):
+        for step, now in steps.items():
             decay = min(longest, step / (9 + step))
-            now = weights(reference, step=step)
             average = {name: decay * value + (1 - decay) * now[name].double() for name, value in average.items()}
-        kept = weights(reference, f"ema_{longest}")
+        kept = weights(run, f"ema_{longest}")
         for name, value in average.items():
             torch.testing.assert_close(kept[name].double(), value, rtol=0, atol=1e-6)
 
@@ -184,17 +193,18 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         assert all(a is b or torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
-def test_probe_loss_refuses_foreign_weights(folder: Path, reference: Path) -> None:
-    run = folder / "foreign"
+@pytest.mark.parametrize("factor", [1.001, 0.5, float("nan")])
+def test_probe_loss_refuses_foreign_weights(folder: Path, reference: Path, factor: float) -> None:
+    run = folder / f"foreign{factor}"
     shutil.copytree(reference, run)
     path = checkpoint.checkpoint_path(run, 10)
     meta = json.loads((path / "meta.json").read_text())
-    (path / "meta.json").write_text(json.dumps(meta | {"probe_loss": meta["probe_loss"] + 1}))
+    (path / "meta.json").write_text(json.dumps(meta | {"probe_loss": factor * meta["probe_loss"]}))
     listed = json.loads((path / "COMPLETE").read_text())
     listed["files"]["meta.json"] = checkpoint._fingerprint(path / "meta.json")
     (path / "COMPLETE").write_text(json.dumps(listed))
     with pytest.raises(ConfigError, match="probe batch"):
-        run_here(folder, "foreign", max_steps=11)
+        run_here(folder, run.name, max_steps=11)
 
 
 def test_resume_never_and_another_model_are_refused(folder: Path, reference: Path) -> None:

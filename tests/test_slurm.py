@@ -1,0 +1,70 @@
+"""launch/slurm/pretrain.sbatch under stand-ins for srun and scontrol."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.processes import REPOSITORY
+from tests.training import toy
+
+SCRIPT = REPOSITORY / "launch" / "slurm" / "pretrain.sbatch"
+SRUN = """#!{python}
+import os, subprocess, sys
+arguments = sys.argv[1:]
+assert arguments.pop(0) == "--kill-on-bad-exit=1"
+tasks = [
+    subprocess.Popen(arguments, env=os.environ | {{"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)}})
+    for n in range(int(os.environ["SLURM_NTASKS"]))
+]
+sys.exit(max(task.wait() for task in tasks))
+"""
+SCONTROL = """#!/bin/sh
+echo "$@" >> {calls}
+[ "$1" = show ] && printf 'localhost\\nother\\n'
+exit 0
+"""
+
+
+def submit(folder: Path, job: int, *options: str) -> tuple[int, str, str]:
+    """The job's status, its output, and what scontrol was asked for."""
+    bin_folder, calls = folder / "bin", folder / f"calls-{job}"
+    bin_folder.mkdir(exist_ok=True)
+    for name, text in (("srun", SRUN.format(python=sys.executable)), ("scontrol", SCONTROL.format(calls=calls))):
+        (bin_folder / name).write_text(text)
+        (bin_folder / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": "localhost,other", "SLURM_NTASKS": "2"}
+    environment = os.environ | slurm | {"PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["bash", str(SCRIPT), *options], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout + done.stderr, calls.read_text()
+
+
+@pytest.mark.dist
+def test_a_job_is_queued_again_until_it_is_finished(tmp_path: Path) -> None:
+    toy.write_toy_config(tmp_path)
+    job = os.getpid() % 20000
+    stopped = toy.command(tmp_path, "run", signal_at_step=4, signal_number=10, accident_rank=1)
+    status, output, calls = submit(tmp_path, job, *stopped)
+    assert status == 75 and f"requeue {job}" in calls, output
+    assert "stopped by a signal after step 4" in output
+    status, output, calls = submit(tmp_path, job, *toy.command(tmp_path, "run"))
+    assert status == 0 and "requeue" not in calls, output
+    assert "at step 4" in output and json.loads((tmp_path / "run" / "finished.json").read_text())["step"] == 10
+
+
+def test_a_job_that_failed_is_not_queued_again(tmp_path: Path) -> None:
+    toy.write_toy_config(tmp_path)
+    status, output, calls = submit(tmp_path, os.getpid() % 20000, *toy.command(tmp_path, "run"), "--no.such=1")
+    assert status == 1 and "requeue" not in calls and "unknown key" in output
+
+
+def test_the_margin_is_given_to_the_tasks() -> None:
+    """USR1, to the tasks (not `B:`, the batch shell), early enough to finish a step and save."""
+    lines = [line for line in SCRIPT.read_text().splitlines() if line.startswith("#SBATCH")]
+    assert "#SBATCH --signal=USR1@600" in lines and "#SBATCH --requeue" in lines
