@@ -1,9 +1,9 @@
 """Where a training step goes, for every recipe: `python benchmarks/train_step.py`.
 
-The trainer as its users run it, on shards written for the purpose: tokens a second, MFU against the matrix product
-that this machine does best, and the shares of waiting for data, preparing inputs (frozen encoders, noise), forward,
-backward, optimizer, averages and logging. Beside it the peer: the same network on the same inputs in a plain PyTorch
-loop (fused AdamW, clipping, no sharding, no averages, no checks). Then what torch.compile gains.
+The trainer's steps on shards written for the purpose: tokens a second, MFU against the matrix product that this machine
+does best in the same precision, and the shares of waiting for data, frozen encoders, preparing inputs (noise, masks),
+forward, backward, optimizer, averages and logging. Beside it the peer: the same network on the same inputs in a plain
+PyTorch loop (fused AdamW, clipping, no sharding, no averages, no checks). Then what torch.compile gains.
 """
 
 import argparse
@@ -28,11 +28,12 @@ from megatext.recipes.pretrained import write_model
 from megatext.tokenizer import SentencePieceTokenizer
 from megatext.training.engine import Processes, start_processes
 from megatext.training.estimate import row_flops
+from megatext.training.metrics import Meter
 from megatext.training.run_config import RunConfig
 from megatext.training.trainer import Trainer, with_precision
 from megatext.training.validation import total_loss
 
-PARTS = ("data wait", "prepare", "forward", "backward", "optimizer", "EMA", "logging", "rest")
+PARTS = ("data wait", "encoders", "prepare", "forward", "backward", "optimizer", "EMA", "logging", "rest")
 WARMUP = 2
 """Steps that are not measured."""
 
@@ -92,6 +93,7 @@ class Shares:
         self.on_gpu = trainer.processes.device.type == "cuda"
         for part, owner, method in [
             ("data wait", trainer, "_take"),
+            *([("encoders", trainer.recipe.vae, "encode")] if hasattr(trainer.recipe, "vae") else []),
             ("prepare", trainer.recipe, "prepare"),
             ("forward", trainer.engine, "forward"),
             ("backward", trainer.engine, "backward"),
@@ -132,22 +134,16 @@ def make_trainer(config: RunConfig, ds_config: Path | None, processes: Processes
             sys.stdout = shown
 
 
-def run_steps(trainer: Trainer, steps: int, log: bool = False) -> float:
-    """Take steps; seconds a step. With `log`, each of them logs."""
-    from megatext.training.metrics import Clock, Meter
-
-    trainer.learning_rate = 0.0
-    meter, clock, seconds = Meter(), Clock(), 0.0
-    following = trainer._load(trainer.state.sample)
-    for number in range(steps):
-        started = time.perf_counter()
-        batches, trainer.state.sample = following
+def run_steps(trainer: Trainer, steps: int) -> float:
+    """Take steps; seconds a step, reading the rows included."""
+    meter, started = Meter(), time.perf_counter()
+    for _ in range(steps):
+        batches, plan = trainer._load(trainer.state.sample)
         trainer.train_step([batch.to(trainer.processes.device) for batch in batches], meter)
-        if log and number == steps - 1:
-            trainer._log(meter, clock, steps)
-        following = trainer._load(trainer.state.sample)
-        seconds += time.perf_counter() - started
-    return seconds / steps
+        trainer.state.sample = plan.next_sample
+    if trainer.processes.device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) / steps
 
 
 def shares(config: RunConfig, ds_config: Path | None, processes: Processes, every: int) -> dict[str, float]:
@@ -182,7 +178,8 @@ def plain_loop(config: RunConfig, processes: Processes, compiled: bool = False) 
     def run(steps: int = config.max_steps - WARMUP) -> float:
         tokens, started = 0, time.perf_counter()
         for _ in range(steps):
-            (batch,), trainer.state.sample = trainer._load(trainer.state.sample)
+            (batch,), plan = trainer._load(trainer.state.sample)
+            trainer.state.sample = plan.next_sample
             item = recipe.prepare(batch.to(processes.device), step=0)
             with torch.autocast(processes.device.type, torch.bfloat16, enabled=bf16):
                 output = module(**item.inputs)
@@ -206,13 +203,7 @@ def ours(config: RunConfig, ds_config: Path | None, processes: Processes) -> Cal
     run_steps(trainer, WARMUP)
     tokens = config.training.rows_per_step * config.data.row_tokens
 
-    def run() -> float:
-        seconds = run_steps(trainer, config.max_steps - WARMUP)
-        if processes.device.type == "cuda":
-            torch.cuda.synchronize()
-        return tokens / seconds
-
-    return run
+    return lambda: tokens / run_steps(trainer, config.max_steps - WARMUP)
 
 
 def matrix_product_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:

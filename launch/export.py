@@ -1,4 +1,4 @@
-"""Turn a run into a model directory: python launch/export.py --run DIR [--raw] --output DIR"""
+"""Turn a run into a model directory: python launch/export.py --run DIR [--ema DECAY | --raw] [--step N] --output DIR"""
 
 import sys
 from pathlib import Path

@@ -35,6 +35,7 @@ def dry_run(config: RunConfig, deepspeed_config: Path | None) -> None:
     """
     import torch.distributed as dist
 
+    from megatext.training.deepspeed_json import free_part
     from megatext.training.engine import start_processes
     from megatext.training.estimate import describe
     from megatext.training.trainer import Trainer, with_precision
@@ -65,7 +66,7 @@ def dry_run(config: RunConfig, deepspeed_config: Path | None) -> None:
             training=one_row,
             logging=dataclasses.replace(config.logging, wandb_project=None),
         )
-        Trainer(tiny, build_recipe(tiny), deepspeed_config, processes).loop()
+        Trainer(tiny, build_recipe(tiny), free_part(deepspeed_config), processes).loop()
         dist.barrier()
     if processes.is_main:
         print("dry run: one step on one row a process worked", flush=True)

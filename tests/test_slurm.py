@@ -15,7 +15,7 @@ SCRIPT = REPOSITORY / "launch" / "slurm" / "pretrain.sbatch"
 SRUN = """#!{python}
 import os, subprocess, sys
 arguments = sys.argv[1:]
-assert arguments.pop(0) == "--kill-on-bad-exit=1"
+assert [arguments.pop(0), arguments.pop(0)] == ["--kill-on-bad-exit=1", "--cpus-per-task=1"]
 tasks = [
     subprocess.Popen(arguments, env=os.environ | {{"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)}})
     for n in range(int(os.environ["SLURM_NTASKS"]))
@@ -37,10 +37,13 @@ def submit(folder: Path, job: int, *options: str) -> tuple[int, str, str]:
         (bin_folder / name).write_text(text)
         (bin_folder / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": "localhost,other", "SLURM_NTASKS": "2"}
-    environment = os.environ | slurm | {"PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    # without what a process group of this process has left there
+    own = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "MASTER_PORT")}
+    environment = own | slurm | {"PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHON": sys.executable}
     environment |= {"OMP_NUM_THREADS": "1"}
+    command = ["bash", str(SCRIPT), *options]
     done = subprocess.run(
-        ["bash", str(SCRIPT), *options], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False, timeout=300
     )
     return done.returncode, done.stdout + done.stderr, calls.read_text()
 
@@ -53,7 +56,7 @@ def test_a_job_is_queued_again_until_it_is_finished(tmp_path: Path) -> None:
     status, output, calls = submit(tmp_path, job, *stopped)
     assert status == 75 and f"requeue {job}" in calls, output
     assert "stopped by a signal after step 4" in output
-    status, output, calls = submit(tmp_path, job, *toy.command(tmp_path, "run"))
+    status, output, calls = submit(tmp_path, job + 1, *toy.command(tmp_path, "run"))
     assert status == 0 and "requeue" not in calls, output
     assert "at step 4" in output and json.loads((tmp_path / "run" / "finished.json").read_text())["step"] == 10
 

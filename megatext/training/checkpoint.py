@@ -4,7 +4,7 @@ A checkpoint is the directory `checkpoints/step-00001000` with
 
     rank-00000.pt ...   each rank's fragments of every tensor that is laid out like the master weights: the weights
                         themselves, EMA, optimizer state; plain tensors and numbers (torch.load weights_only)
-    buffers.pt          the module's persistent buffers
+    buffers.pt          the module's persistent buffers, counters, and the probe batch
     meta.json           step, next sample, the resolved configuration, versions, the loss on the probe batch
     COMPLETE            sizes and checksums of the files above
 
@@ -19,6 +19,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,9 @@ def newest_whole(run_dir: Path, say: Callable[[str], None]) -> Path | None:
     The ranks share the reading. `say` is told of damaged ones; where all are damaged, raises ConfigError.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    candidates = list_checkpoints(run_dir)
+    listed = [list_checkpoints(run_dir)]  # rank 0's: a network disk may show others an older state
+    dist.broadcast_object_list(listed, src=0)
+    candidates = listed[0]
     for path in reversed(candidates):
         problem = None
         try:
@@ -110,7 +113,7 @@ class Content:
     part: dict[str, Any]
     """This rank's fragments, and its flat tensors laid out like the master weights."""
     rest: dict[str, Any]
-    """Buffers and scalars, alike on all ranks."""
+    """Buffers, scalars and the probe batch, alike on all ranks."""
     meta: dict[str, Any]
     """What meta.json will hold."""
 
@@ -126,12 +129,14 @@ def snapshot(
     flat: dict[str, list[Tensor | None]],
     scalars: dict[str, Any],
     buffers: dict[str, Tensor],
+    probe: dict[str, Any],
     meta: dict[str, Any],
 ) -> Content:
     """Copy a run's state to the CPU.
 
     `flat`: named lists of tensors, one for each partition and laid out like its master ("master", "ema_0.999",
-    "exp_avg", ...); None where a partition has no such tensor. `scalars` must be alike on all ranks.
+    "exp_avg", ...); None where a partition has no such tensor. `scalars`, `buffers` and the `probe` batch must be
+    alike on all ranks.
     """
     rank = partitions.rank
     fragments = {
@@ -146,7 +151,8 @@ def snapshot(
         ]
         for key, tensors in flat.items()
     }
-    rest = {"buffers": {name: _copy(buffer) for name, buffer in buffers.items()}, "scalars": scalars}
+    copied = {name: _copy(buffer) for name, buffer in buffers.items()}
+    rest = {"buffers": copied, "scalars": scalars, "probe": probe}
     if torch.cuda.is_available():
         torch.cuda.current_stream().synchronize()  # the copies are under way
     shapes = {name: list(shape) for name, shape in partitions.shapes.items()}
@@ -167,19 +173,19 @@ class Saver:
     its own, so that their other collectives are not disturbed.
     """
 
-    def __init__(self, *, beside: bool, say: Callable[[str], None]) -> None:
-        self.beside, self.say = beside, say
+    def __init__(self, *, beside: bool, say: Callable[[str], None], beat: Callable[[str], None]) -> None:
+        """`beat` is called while something is being written."""
+        self.beside, self.say, self.beat = beside, say, beat
         self._group = dist.new_group(backend="gloo")
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
-    def save(self, path: Path, content: Content, done: Callable[[float], None], *, wait: bool = False) -> None:
-        """Write a checkpoint; rank 0 calls `done` with the seconds it took. A collective.
+    def save(self, path: Path, content: Content, done: Callable[[float], None], *, wait: bool) -> None:
+        """Write a checkpoint, after `wait()`; rank 0 calls `done` with the seconds it took. A collective.
 
-        A write beside the training that fails is a warning, and the next one is waited for. Raises DataError, on every
-        rank, where a write that is waited for fails.
+        A write that is not waited for and fails is a warning. Raises DataError, on every rank, where one that is waited
+        for fails.
         """
-        wait = wait or not self.beside or self.wait() is not None
         self._writing = self._thread.submit(self._write, path, content, done)
         if wait and (error := self.wait()) is not None:
             raise DataError(f"{error}; free the disk and start the same command again: it continues from the last one")
@@ -187,12 +193,15 @@ class Saver:
     def wait(self) -> DataError | None:
         """Until nothing is being written any more; what the last write failed of. A collective."""
         writing, self._writing = self._writing, None
-        try:
-            if writing is not None:
-                writing.result()
-        except DataError as error:
-            return error
-        return None
+        if writing is None:
+            return None
+        while not writing.done():
+            self.beat("the writing of a checkpoint")
+            futures.wait([writing], timeout=5.0)
+        error = writing.exception()
+        if error is not None and not isinstance(error, DataError):
+            raise error
+        return error
 
     def _write(self, path: Path, content: Content, done: Callable[[float], None]) -> None:
         started = time.perf_counter()
@@ -235,11 +244,13 @@ def write(path: Path, content: Content, group: dist.ProcessGroup) -> None:
         if rank == 0:
             (work / "COMPLETE").write_text(json.dumps({"files": every}, indent=1), encoding="utf-8")
             for file in work.iterdir():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
+                _sync(file)
+            replaced = path.with_name(f".unfinished-replaced-{path.name}")
             if path.exists():
-                shutil.rmtree(path)
+                path.rename(replaced)
             work.rename(path)
+            shutil.rmtree(replaced, ignore_errors=True)
+            _sync(path.parent)
 
     _together(begin, path, work, group)
     _together(write_own, path, work, group)
@@ -247,6 +258,12 @@ def write(path: Path, content: Content, group: dist.ProcessGroup) -> None:
     dist.all_gather_object(gathered, files, group=group)
     every = {name: entry for entries in gathered for name, entry in entries.items()}
     _together(commit, path, work, group)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def _together(act: Callable[[], None], path: Path, work: Path, group: dist.ProcessGroup) -> None:
@@ -264,11 +281,14 @@ def _together(act: Callable[[], None], path: Path, work: Path, group: dist.Proce
         raise DataError(f"the checkpoint {path} could not be written: {next(filter(None, failures))}")
 
 
-def prune(run_dir: Path, keep_last: int, keep_every_steps: int) -> None:
-    """Delete the oldest checkpoints beyond `keep_last`, but not those of multiples of `keep_every_steps` (0: none).
-    Rank 0 only."""
-    for path in list_checkpoints(run_dir)[:-keep_last]:
-        if not keep_every_steps or step_of(path) % keep_every_steps:
+def prune(run_dir: Path, step: int, keep_last: int, keep_every_steps: int) -> None:
+    """After the checkpoint of `step`: delete the oldest beyond `keep_last`, but not those of multiples of
+    `keep_every_steps` (0: none); and later ones, which a run that went back behind them writes anew. Rank 0 only."""
+    found = list_checkpoints(run_dir)
+    past = [path for path in found if step_of(path) <= step]
+    for path in found:
+        kept_for_ever = keep_every_steps and step_of(path) % keep_every_steps == 0
+        if path not in past or (path in past[:-keep_last] and not kept_for_ever):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -283,6 +303,7 @@ class Reader:
         rest = torch.load(path / "buffers.pt", map_location="cpu", weights_only=True)
         self.buffers: dict[str, Tensor] = rest["buffers"]
         self.scalars: dict[str, Any] = rest["scalars"]
+        self.probe: dict[str, Any] = rest["probe"]
         self.ranks = [
             torch.load(file, map_location="cpu", mmap=True, weights_only=True)
             for file in sorted(path.glob("rank-*.pt"))

@@ -30,6 +30,7 @@ FREE_KEYS = (
 FOREIGN_KEYS = {
     "optimizer": "optimizer.name and its neighbours",
     "scheduler": "optimizer.schedule and its neighbours",
+    "steps_per_print": "logging.log_every_steps",
     "wandb": "logging.wandb_project",
     "tensorboard": "logging.wandb_project",
     "activation_checkpointing": "activation_checkpointing of the network",
@@ -37,11 +38,19 @@ FOREIGN_KEYS = {
 """Keys that DeepSpeed knows and this trainer does otherwise, with where."""
 
 
-def deepspeed_json(config: RunConfig, path: Path | None, world: int) -> dict[str, Any]:
-    """The settings for `world` processes; `path` None chooses a ZeRO stage. Raises ConfigError where the file has
+def free_part(path: Path | None) -> dict[str, Any] | None:
+    """What a file says of its own, without what it repeats of a run's configuration: for another batch size."""
+    return None if path is None else {key: value for key, value in _read(Path(path)).items() if key in FREE_KEYS}
+
+
+def deepspeed_json(config: RunConfig, file: Path | dict[str, Any] | None, world: int) -> dict[str, Any]:
+    """The settings for `world` processes; `file` None chooses a ZeRO stage. Raises ConfigError where the file has
     unknown keys, contradicts the configuration, or asks for what is not supported."""
     # On one process there is nothing to shard: stage 1 is the cheapest that keeps fp32 masters of bf16 weights.
-    own = {"zero_optimization": {"stage": 1 if world == 1 else 3}} if path is None else _read(Path(path))
+    path = Path(file) if isinstance(file, str | Path) else Path("a dictionary of settings")
+    own = {"zero_optimization": {"stage": 1 if world == 1 else 3}} if file is None else file
+    if not isinstance(own, dict):
+        own = _read(path)
     zero = own.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     precision, accumulation = config.training.precision, accumulation_steps(config, world)
@@ -59,21 +68,22 @@ def deepspeed_json(config: RunConfig, path: Path | None, world: int) -> dict[str
         "data_types": ({"grad_accum_dtype": "fp32"}, "always so here: gradients are accumulated in fp32"),
         "zero_allow_untested_optimizer": (True, "always so here: the optimizer is megatext's"),
         "zero_force_ds_cpu_optimizer": (False, "always so here: the optimizer is megatext's"),
-        "steps_per_print": (sys.maxsize, "logging.log_every_steps"),
     }
-    if path is not None:
+    if file is not None:
         _check_keys(path, own, decided)
         _check_zero(path, zero, stage, precision)
     settings = own | {key: value for key, (value, _) in decided.items()}
     if stage == 0:
         settings["gradient_clipping"] = 0.0  # the optimizer's own affair there
-    return settings | {"communication_data_type": own.get("communication_data_type", "fp32")}
+    settings["communication_data_type"] = own.get("communication_data_type", "fp32")
+    settings["steps_per_print"] = sys.maxsize
+    return settings
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--deepspeed_config {path}: {error}") from None
     if not isinstance(found, dict) or not isinstance(found.get("zero_optimization", {}), dict):
         raise ConfigError(f"--deepspeed_config {path}: expected an object, with an object as zero_optimization")

@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
@@ -74,11 +75,15 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def check_agreement(config: "RunConfig", order_fingerprint: str) -> None:
+def check_agreement(
+    config: "RunConfig", settings: dict[str, Any], order_fingerprint: str, built_on: Mapping[str, str]
+) -> None:
     """Raise ConfigError, on every rank, unless all ranks run the same thing. A collective."""
     own = {
         "configuration": to_dict(config),
+        "DeepSpeed configuration": settings,
         "data (another copy of the shards?)": order_fingerprint,
+        "model to build on": dict(built_on),
         **{f"version of {name}": version(name) for name in ("torch", "deepspeed", "transformers")},
     }
     every: list[Any] = [None] * torch.distributed.get_world_size()

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatext.recipes import meta_module, passes_of
 from megatext.training.deepspeed_json import deepspeed_json
 from megatext.training.engine import accumulation_steps
-from megatext.training.memory import group_sizes, state_bytes
+from megatext.training.memory import group_sizes, persistent_parameters, state_bytes
 from megatext.training.metrics import duration, peak_tflops
 from megatext.training.optimizer import build_optimizer
 from megatext.training.run_config import RunConfig
@@ -23,6 +23,15 @@ PRODUCTS = {
     torch.ops.aten.baddbmm.default,
 }
 """What all matrix products become; their operands come last."""
+SAVING_NOTHING = {
+    torch.ops.aten.add.Tensor,
+    torch.ops.aten.view.default,
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten.t.default,
+    torch.ops.aten.transpose.int,
+    torch.ops.aten.detach.default,
+}
+"""What may follow the last product of a block without needing its result in the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +85,13 @@ class _Counter(TorchDispatchMode):
             forward = 2 * out.numel() * a.shape[-1]
             self.total += forward * (1 + (torch.is_grad_enabled() and a.requires_grad + b.requires_grad))
             self._recompute(forward)
+        elif func not in SAVING_NOTHING:
+            self._recompute(0)
         return out
 
     def _recompute(self, forward: int) -> None:
-        """Inside a checkpointed block, which has hooks on the tensors it saves: all but its last product is computed
-        again, as torch stops when it has what the last one saved."""
+        """Inside a checkpointed block, which has hooks on the tensors it saves, a product is computed again if
+        something is saved after it: torch stops when it has the last saved tensor."""
         block = torch._C._autograd._top_saved_tensors_default_hooks(True)
         self.recomputed += self._latest if block is not None and block == self._block else 0
         self._latest, self._block = forward, block
@@ -110,12 +121,24 @@ def describe(config: RunConfig, vocab_size: int, deepspeed_config: Path | None, 
     peak = peak_tflops(torch.device("cuda", 0)) if torch.cuda.is_available() else None
     if peak is not None:
         lines.append(f"time            {duration(run / (0.4 * peak * 1e12 * world))} at 40 % of this GPU's peak")
-    lines.append("memory of weights, gradients, optimizer and averages, GiB a rank (activations come on top):")
-    for stage in (0, 1, 2, 3):
-        if stage == 0 and training.precision == "bf16":
-            continue
-        size = state_bytes(
-            groups, stage=stage, world=world, precision=training.precision, averages=len(training.ema_decays)
-        )
-        lines.append(f"  ZeRO stage {stage}  {size / 2**30:9.3f}{'  <- this run' if stage == chosen else ''}")
+    lines.append(
+        "memory of weights, gradients, optimizer and averages, GiB a rank (on top come activations, ZeRO's buckets and "
+        "Muon's temporary matrices):"
+    )
+    worlds = sorted({world, 8, 64})
+    lines.append("  processes   " + "".join(f"{n:>10}" for n in worlds))
+    for stage in (1, 2, 3) if training.precision == "bf16" else (0, 1, 2, 3):
+        sizes = [
+            state_bytes(
+                groups,
+                stage=stage,
+                world=n,
+                precision=training.precision,
+                averages=len(training.ema_decays),
+                persistent=persistent_parameters(module, settings),
+            )
+            for n in worlds
+        ]
+        mark = "  <- this run" if stage == chosen else ""
+        lines.append(f"  ZeRO stage {stage}" + "".join(f"{size / 2**30:10.3f}" for size in sizes) + mark)
     return "\n".join(lines)

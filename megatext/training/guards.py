@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -45,15 +46,15 @@ class StepGuard:
             return True
         self.state.skipped_steps += 1
         self.in_a_row += 1
-        places = [first_bad_tensor(engine, item, objective) for item in inputs]  # all: the ranks must run alike
         finding = None
-        for index, (place, loss, batch) in enumerate(zip(places, losses, batches, strict=True)):
-            value = float(loss)
-            if finding is None and (place or not math.isfinite(value)):
-                documents = sorted({key for row in batch.documents for key in row})
+        found = [first_bad_tensor(engine, item, objective) for item in inputs]  # all: the ranks must run alike
+        for index, (bad, loss, batch) in enumerate(zip(found, losses, batches, strict=True)):
+            if finding is None and (bad is not None or not math.isfinite(float(loss))):
+                place, rows = bad or ("the loss", [])
+                keys = [batch.documents[row] for row in rows] or batch.documents
                 finding = (
-                    f"loss {value:.4g} in micro-batch {index}, first not finite: {place or 'the loss itself'}; "
-                    f"documents {_some(documents)}"
+                    f"loss {float(loss):.4g} in micro-batch {index}, first not finite: {place}; "
+                    f"documents {_some([key for row in keys for key in row])}"
                 )
         findings: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(findings, finding)
@@ -69,10 +70,13 @@ class StepGuard:
         return False
 
 
-def first_bad_tensor(engine: Any, inputs: dict[str, Any], objective: Callable[[Output], Tensor]) -> str | None:
+def first_bad_tensor(
+    engine: Any, inputs: dict[str, Any], objective: Callable[[Output], Tensor]
+) -> tuple[str, list[int]] | None:
     """What is not finite first when a micro-batch is computed again, forward and then backward: the output of a module,
-    the gradient that arrives at one, or a parameter's gradient. A collective under ZeRO-3; no gradient is kept."""
-    bad: list[str] = []
+    the loss, the gradient that arrives at a module, or a parameter's gradient; and in which rows, where that can be
+    told. A collective under ZeRO-3; no gradient is kept."""
+    bad: list[tuple[str, list[int]]] = []
     outputs: dict[str, Tensor] = {}
     names = {module: name for name, module in engine.module.named_modules()}
     # one tensor a block is kept for the backward pass: more would not fit where activations are recomputed
@@ -80,28 +84,59 @@ def first_bad_tensor(engine: Any, inputs: dict[str, Any], objective: Callable[[O
 
     def look(module: nn.Module, args: Any, output: Any) -> None:
         found = [t for t in _tensors(output) if t.is_floating_point()]
-        if not bad and any(not bool(torch.isfinite(t).all()) for t in found):
-            bad.append(f"the output of {names[module] or 'the module'} ({type(module).__name__})")
+        if not bad:
+            place = f"the output of {names[module] or 'the module'} ({type(module).__name__})"
+            bad.extend((place, _bad_rows(t, inputs)) for t in found if not _finite(t))
         if names[module] and names[module] not in inside and found and found[0].requires_grad:
             outputs[names[module]] = found[0]
 
+    # not those of parameters under ZeRO-3, which are in pieces again when the backward pass is over
+    whole = {n: p for n, p in engine.module.named_parameters() if p.requires_grad and not hasattr(p, "ds_id")}
     hooks = [module.register_forward_hook(look) for module in names]
     try:
-        loss = objective(engine.module(**inputs))
+        with uncompiled(engine.module):  # a compiled module does not call new hooks
+            loss = objective(engine.module(**inputs))
+            for hook in hooks:
+                hook.remove()
+            if not bad and not _finite(loss):
+                bad.append(("the loss", []))
+            gradients = torch.autograd.grad(loss, [*outputs.values(), *whole.values()], allow_unused=True)
+    except torch.OutOfMemoryError:
+        if not whole:
+            raise  # the other ranks are waiting for this one's part of the weights
+        return "unknown, as there was no memory to look for it", []
     finally:
         for hook in hooks:
             hook.remove()
-    # not those of parameters under ZeRO-3, which are in pieces again when the backward pass is over
-    whole = {n: p for n, p in engine.module.named_parameters() if p.requires_grad and not hasattr(p, "ds_id")}
-    gradients = torch.autograd.grad(loss, [*outputs.values(), *whole.values()], allow_unused=True)
     if bad:
         return bad[0]
-    wrong = [gradient is not None and not bool(torch.isfinite(gradient).all()) for gradient in gradients]
-    late = [name for name, is_bad in zip(outputs, wrong, strict=False) if is_bad]
-    if late:
-        return f"the gradient that arrives at {late[-1]}"
-    own = [name for name, is_bad in zip(whole, wrong[len(outputs) :], strict=True) if is_bad]
-    return f"the gradient of {own[0]}" if own else None
+    places = [*(f"the gradient that arrives at {n}" for n in outputs), *(f"the gradient of {n}" for n in whole)]
+    wrong = [(n, g) for n, g in zip(places, gradients, strict=True) if g is not None and not _finite(g)]
+    late = [(n, g) for n, g in wrong if "arrives" in n][-1:]  # the backward pass comes to the last module first
+    return next(((n, _bad_rows(g, inputs) if late else []) for n, g in late or wrong), None)
+
+
+@contextmanager
+def uncompiled(module: nn.Module) -> Iterator[None]:
+    """Inside, a module that torch.compile was called on runs as it was written."""
+    compiled, module._compiled_call_impl = module._compiled_call_impl, None
+    try:
+        yield
+    finally:
+        module._compiled_call_impl = compiled
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def _bad_rows(tensor: Tensor, inputs: dict[str, Any]) -> list[int]:
+    """Rows of the micro-batch in which a tensor is not finite; none where its first dimension is not the rows."""
+    rows = len(inputs["tokens"])
+    if tensor.dim() < 2 or len(tensor) != rows:
+        return []
+    found: list[int] = (~torch.isfinite(tensor)).flatten(1).any(dim=1).nonzero().flatten().tolist()
+    return found
 
 
 def _tensors(value: Any) -> list[Tensor]:

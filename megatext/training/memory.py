@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def group_sizes(optimizer: torch.optim.Optimizer) -> list[tuple[int, int]]:
@@ -19,14 +19,27 @@ def group_sizes(optimizer: torch.optim.Optimizer) -> list[tuple[int, int]]:
     return [(sum(p.numel() for p in group["params"]), 4 if group["muon"] else 8) for group in groups]
 
 
+def persistent_parameters(module: nn.Module, settings: dict[str, Any]) -> int:
+    """Elements of the small parameters that ZeRO-3 keeps whole on every rank. Before DeepSpeed takes the module."""
+    threshold = settings["zero_optimization"].get("stage3_param_persistence_threshold", 100_000)
+    return sum(p.numel() for p in module.parameters() if p.numel() <= threshold)
+
+
 def state_bytes(
-    groups: list[tuple[int, int]], *, stage: int, world: int, precision: str, averages: int, promised: bool = False
+    groups: list[tuple[int, int]],
+    *,
+    stage: int,
+    world: int,
+    precision: str,
+    averages: int,
+    persistent: int = 0,
+    promised: bool = False,
 ) -> float:
     """Bytes a rank holds when the optimizer steps; `promised`: what ZeRO promises, without DeepSpeed's copies.
 
-    `groups` from group_sizes. Weights 2 or 4 bytes, accumulated gradients 4, masters 4 (stage 0: the weights
-    themselves), AdamW 8, Muon 4, each average 4. Activations, communication buffers (reduce_bucket_size) and Muon's
-    temporary matrices come on top.
+    `groups` from group_sizes; `persistent` parameters are kept whole under stage 3. Weights 2 or 4 bytes, accumulated
+    gradients 4, masters 4 (stage 0: the weights themselves), AdamW 8, Muon 4, each average 4. On top come activations,
+    communication buffers (reduce_bucket_size) and Muon's temporary matrices, which are not sharded.
     """
     sizes = [n for n, _ in groups]
     moments = sum(n * each for n, each in groups)
@@ -40,7 +53,9 @@ def state_bytes(
         # DeepSpeed's stage 1 for fp32 weights is its stage 2
         return weights + (0 if promised else weights) + gradients + kept / world
     if stage == 3:
-        return (weights + gradients + copy + kept) / world
+        bits = 2 if precision == "bf16" else 4
+        whole = 0 if promised else bits * persistent * (1 - 1 / world)
+        return (weights + gradients + copy + kept) / world + whole
     if precision == "bf16":
         copy = 0  # takes the place of the gradients
     return weights + (gradients + copy + kept) / world

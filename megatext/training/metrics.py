@@ -110,8 +110,11 @@ class Logger:
         if not self.is_main:
             return
         written = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **written}) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **written}) + "\n")
+        except OSError as error:  # a full disk, which may have room again before the next checkpoint
+            self.say(f"warning: {self.path} lacks the record of step {step}: {error.strerror}")
         if self._mirror is not None:
             self._mirror.record(step, figures)
 

@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megatext.config import ConfigError
+
 PANELS = {
     "loss": ["loss"],
     "held-out loss": ["validation/loss", "validation_ema/loss"],
@@ -23,6 +25,7 @@ PANELS = {
 """Title -> keys of the records; the first is drawn solid, the second dashed, a panel without data is left out."""
 BINS = {
     "loss by timestep": r"loss_t(\d)$",
+    "decode accuracy by noise level, in training": r"accuracy_s(\d)$",
     "decode accuracy by noise level": r"accuracy_at_(0\.\d)$",
 }
 """Title -> keys whose number is the abscissa, drawn for each run's last record that has them."""
@@ -41,6 +44,8 @@ def plot(runs: dict[str, Records], output: Path, smooth: float = 0.0) -> None:
     panels = [title for title, keys in PANELS.items() if any(_series(r, key) for r in runs.values() for key in keys)]
     binned = [title for title, pattern in BINS.items() if any(_latest(r, pattern) for r in runs.values())]
     count = len(panels) + len(binned)
+    if not count:
+        raise ConfigError(f"nothing to draw: {', '.join(runs)} recorded nothing yet")
     rows = -(-count // COLUMNS)
     figure, axes = pyplot.subplots(rows, COLUMNS, figsize=(5 * COLUMNS, 3.2 * rows + 0.6), squeeze=False)
     spots = list(axes.flat)
@@ -81,7 +86,7 @@ def _series(records: Records, key: str) -> list[tuple[int, float]]:
 
 def _latest(records: Records, pattern: str) -> list[tuple[float, float]]:
     """(abscissa, value) of the last record with keys of the pattern."""
-    scale = 0.1 if "t(" in pattern else 1.0  # bins are numbered by tenths and drawn at their middle
+    scale = 1.0 if "at_" in pattern else 0.1  # bins are numbered by tenths and drawn at their middle
     for record in reversed(records):
         found = [(re.match(pattern, key), value) for key, value in record.items()]
         points = [(float(m[1]) * scale + 0.5 * scale * (scale < 1), v) for m, v in found if m and v is not None]

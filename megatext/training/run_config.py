@@ -41,9 +41,10 @@ class TrainingConfig:
     """What to do with a step whose gradient is not finite: skip and count it, or stop the run."""
     skipped_steps_limit: int = 5
     """Skipped steps in a row after which the run stops."""
-    hang_timeout_seconds: int = 900
+    hang_timeout_seconds: int = 480
     """A process that finishes nothing for so long writes its stacks to run_dir/stacks/ and ends the run; 0 waits for
-    ever. Longer than the longest validation batch, preview or first step."""
+    ever. Longer than the longest step, validation batch, preview, and what a recipe measures at its end; shorter than
+    the ten minutes after which a collective fails by itself (DEEPSPEED_TIMEOUT, NCCL)."""
 
     def __post_init__(self) -> None:
         if self.rows_per_step < 1 or self.micro_batch_rows < 1 or self.keep_last < 1:

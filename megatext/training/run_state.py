@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from megatext.config import ConfigError, to_dict
 from megatext.data import DataError
+from megatext.data.packing import TokenBatch
 from megatext.data.stream import TokenStream
 from megatext.recipes.base import Recipe
 from megatext.training import checkpoint, partitions
@@ -29,12 +31,15 @@ class RunState:
         self.partitions = partitions.of_engine(engine)
         optimizer.bind(self.partitions)
         self.ema = EMA(self.partitions, config.training.ema_decays)
+        probe = stream.batch(stream.plan(0), slice(0, 1))
+        self.probe = replace(probe, documents=[list(keys) for keys in probe.documents])  # its own are read lazily
+        """The batch that checkpoints are compared by; that of the checkpoint once one was read."""
         self.step = 0
         """Optimizer steps done."""
         self.sample = 0
         """The sample that the next step begins with, counted over all epochs."""
         self.tokens = 0
-        """Tokens trained on, padding not counted, up to the last logged step."""
+        """Tokens trained on, padding not counted."""
         self.skipped_steps = 0
         """Steps whose gradient was not finite."""
 
@@ -69,7 +74,7 @@ class RunState:
                 "deepspeed": version("deepspeed"),
             },
         }
-        return checkpoint.snapshot(self.partitions, flat, scalars, self._buffers(), meta)
+        return checkpoint.snapshot(self.partitions, flat, scalars, self._buffers(), vars(self.probe), meta)
 
     def read(self, path: Path) -> dict[str, Any]:
         """Become what a checkpoint holds; its meta.json. Raises ConfigError and DataError where it is not a checkpoint
@@ -96,6 +101,7 @@ class RunState:
             buffer.copy_(reader.buffers[name])
         self.step, self.sample, self.tokens = scalars["step"], scalars["sample"], scalars["tokens"]
         self.skipped_steps = scalars["skipped_steps"]
+        self.probe = TokenBatch(**reader.probe)
         return reader.meta
 
     def _check_same_run(self, path: Path, saved: dict[str, Any]) -> None:

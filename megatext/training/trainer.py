@@ -5,12 +5,11 @@ import json
 import math
 import os
 import shutil
-import signal
 import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,7 @@ from torch import Tensor
 from megatext.config import ConfigError, save_yaml, to_dict
 from megatext.data import DataError
 from megatext.data.packing import TokenBatch
-from megatext.data.stream import TokenStream
+from megatext.data.stream import StepPlan, TokenStream
 from megatext.recipes import meta_module
 from megatext.recipes.base import Output, Prepared, Recipe
 from megatext.training import checkpoint
@@ -34,17 +33,15 @@ from megatext.training.engine import (
 )
 from megatext.training.estimate import row_flops
 from megatext.training.guards import StepGuard
-from megatext.training.memory import StateMeter, group_sizes, state_bytes
+from megatext.training.memory import StateMeter, group_sizes, persistent_parameters, state_bytes
 from megatext.training.metrics import Clock, Logger, Meter, console_line, memory_gib, peak_tflops
 from megatext.training.optimizer import build_optimizer
 from megatext.training.run_config import RunConfig
 from megatext.training.run_state import RunState
 from megatext.training.schedule import learning_rate_share
+from megatext.training.signals import REQUEUE_EXIT_CODE, StopSignal
 from megatext.training.validation import Validation, read_held_out, total_loss
 from megatext.training.watchdog import Watchdog
-
-REQUEUE_EXIT_CODE = 75
-"""Exit status after SIGTERM or SIGUSR1: a checkpoint is saved, start the same command again to continue."""
 
 
 def train(config: RunConfig, recipe: Recipe, deepspeed_config: Path | None = None) -> dict[str, float]:
@@ -52,15 +49,19 @@ def train(config: RunConfig, recipe: Recipe, deepspeed_config: Path | None = Non
 
     Every process of the run calls it. Exits with REQUEUE_EXIT_CODE after SIGTERM or SIGUSR1.
     """
-    processes = start_processes()
-    config = with_precision(config, processes)
-    trainer = Trainer(config, recipe, deepspeed_config, processes)
-    trainer.resume()
-    if processes.is_main:
-        save_yaml(config, Path(config.run_dir) / "config.yaml")  # now: a refused resume leaves the run's own
-    with trainer.watchdog:
-        trainer.loop()
-        return trainer.finish()
+    with StopSignal() as stop:
+        processes = start_processes()
+        config = with_precision(config, processes)
+        trainer = Trainer(config, recipe, deepspeed_config, processes, stop)
+        try:
+            trainer.resume()
+            if processes.is_main:
+                save_yaml(config, Path(config.run_dir) / "config.yaml")  # now: a refused resume leaves the run's own
+            with trainer.watchdog:
+                trainer.loop()
+                return trainer.finish()
+        finally:
+            trainer.logger.finish()
 
 
 def with_precision(config: RunConfig, processes: Processes) -> RunConfig:
@@ -72,8 +73,16 @@ def with_precision(config: RunConfig, processes: Processes) -> RunConfig:
 class Trainer:
     """One run on this process. `train` is its whole use."""
 
-    def __init__(self, config: RunConfig, recipe: Recipe, deepspeed_config: Path | None, processes: Processes) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        recipe: Recipe,
+        deepspeed_config: Path | dict[str, Any] | None,
+        processes: Processes,
+        stop: StopSignal | None = None,
+    ) -> None:
         self.config, self.recipe, self.processes = config, recipe, processes
+        self.stop = stop or StopSignal()
         self.run_dir = Path(config.run_dir)
         self.accumulation = accumulation_steps(config, processes.world)
         settings = deepspeed_json(config, deepspeed_config, processes.world)
@@ -81,7 +90,7 @@ class Trainer:
         self.logger = Logger(self.run_dir, config.logging, is_main=processes.is_main, resolved=to_dict(config))
         data = config.data if recipe.reads_states else config.data.without_states()
         self.stream = TokenStream(data, seed=config.seed, rows_per_step=config.training.rows_per_step)
-        check_agreement(config, self.stream.order_fingerprint)
+        check_agreement(config, settings, self.stream.order_fingerprint, recipe.built_on)
         if recipe.tokenizer_fingerprint not in (None, self.stream.tokenizer_fingerprint):
             raise DataError(
                 f"{config.data.shards}: the shards' tokenizer is not the one this model was made for; "
@@ -97,25 +106,22 @@ class Trainer:
         self.optimizer = build_optimizer(recipe.module, config.optimizer, muon_dtype=muon_dtype)
         self.stage: int = settings["zero_optimization"].get("stage", 0)
         self.groups = group_sizes(self.optimizer)
+        self.persistent = persistent_parameters(recipe.module, settings)
         self._compile_module()
         self.engine = build_engine(recipe.module, self.optimizer, settings)
         recipe.to(processes.device)
         self.state = RunState(config, recipe, self.engine, self.optimizer, self.stream)
         training, say = config.training, self.logger.say
         self.guard = StepGuard(training.on_non_finite, training.skipped_steps_limit, say, self.state)
-        self.saver = checkpoint.Saver(beside=training.async_save, say=say)
         self.watchdog = Watchdog(self.run_dir / "stacks", training.hang_timeout_seconds, processes.rank)
-        probe = self.stream.batch(self.stream.plan(0), slice(0, 1))
-        self.validation = Validation(
-            recipe, self.engine, self.state.ema, processes, self.watchdog, held_out=held_out, probe=probe
-        )
+        self.saver = checkpoint.Saver(beside=training.async_save, say=say, beat=self.watchdog.beat)
+        self.validation = Validation(recipe, self.engine, self.state.ema, processes, self.watchdog, held_out=held_out)
         self.peak_tflops = peak_tflops(processes.device)
         if self.peak_tflops is not None:
             vocab_size = self.stream.vocab_size
             self.row_flops = row_flops(config, meta_module(config, vocab_size), vocab_size).model
         self.state_meter = StateMeter(self.engine, self.optimizer, self.state.ema.averages.values())
         self.first_step = 0
-        self._stop_signal: int | None = None
         self._print_plan()
 
     # -- one step ------------------------------------------------------------------------------------------------
@@ -123,25 +129,26 @@ class Trainer:
     def loop(self) -> None:
         """All steps that are left."""
         config, state, max_steps = self.config, self.state, self.config.max_steps
-        self._listen_to_signals()
         meter, clock = Meter(), Clock()
         loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rows")
         following = loader.submit(self._load, state.sample)
-        window_first = state.step
+        window_first, window_tokens = state.step, state.tokens
         while state.step < max_steps:
-            batches, next_sample, waited = self._take(following)
+            batches, plan, waited = self._take(following)
             clock.waited_for_data += waited
             if state.step + 1 < max_steps:
-                following = loader.submit(self._load, next_sample)
+                following = loader.submit(self._load, plan.next_sample)
             self.train_step(batches, meter)
-            state.sample = next_sample
+            state.sample, state.tokens = plan.next_sample, state.tokens + plan.tokens
             step = state.step
             self.watchdog.beat(f"step {step}")
             if step == self.first_step + 2:  # the first has no optimizer state yet
                 self._tell_memory()
             if step % config.logging.log_every_steps == 0 or step == max_steps or step == self.first_step + 1:
-                self._log(meter, clock, step - window_first)
-                window_first = step
+                self._log(meter, clock, step - window_first, state.tokens - window_tokens)
+                window_first, window_tokens = step, state.tokens
+            if self._stop_requested:
+                self._leave(f"step {step}")
             pause = time.perf_counter()
             every = config.training.validation_every_steps
             if every and step % every == 0 and step < max_steps:
@@ -149,11 +156,15 @@ class Trainer:
             if step % config.save_every_steps == 0 and step < max_steps:
                 self.save()
             clock.paused += time.perf_counter() - pause
-            if self._stop_requested:
-                self.save(wait=True)
-                self.logger.say(f"stopped by a signal after step {step}; the same command continues from here")
-                raise SystemExit(REQUEUE_EXIT_CODE)
         loader.shutdown()
+
+    def _leave(self, after: str) -> None:
+        """Save, and exit so that the run is queued again. A collective."""
+        self.save(wait=True)
+        self.logger.say(f"stopped by a signal after {after}; the same command continues from here")
+        self.logger.finish()
+        dist.barrier()  # SLURM ends all ranks as soon as one has left
+        raise SystemExit(REQUEUE_EXIT_CODE)
 
     def train_step(self, batches: list[TokenBatch], meter: Meter) -> None:
         """One optimizer step on this rank's micro-batches of a global batch. A collective."""
@@ -185,16 +196,15 @@ class Trainer:
         )
         if applied:
             state.ema.update()
-        for batch, loss in zip(batches, losses, strict=True):
+        for loss in losses:
             meter.add("loss", loss)
-            meter.add("tokens", (batch.segment >= 0).sum())
         state.step += 1
 
     def _global_counts(self, prepared: list[Prepared]) -> dict[str, Tensor]:
         """Elements of each loss term over all ranks and micro-batches; also asks whether a rank was told to stop."""
         names = sorted(prepared[0].counts)
         counts = [torch.stack([item.counts[name].double() for item in prepared]).sum() for name in names]
-        own = torch.stack([*counts, torch.full_like(counts[0], float(self._stop_signal is not None))])
+        own = torch.stack([*counts, torch.full_like(counts[0], float(self.stop.received))])
         if self.processes.world > 1:
             dist.all_reduce(own)
         self._votes = torch.empty((), dtype=own.dtype, pin_memory=own.is_cuda).copy_(own[-1], non_blocking=True)
@@ -219,28 +229,26 @@ class Trainer:
 
     # -- rows ----------------------------------------------------------------------------------------------------
 
-    def _load(self, sample: int) -> tuple[list[TokenBatch], int]:
-        """This rank's micro-batches of the step that begins at a sample, and where the next step begins."""
+    def _load(self, sample: int) -> tuple[list[TokenBatch], StepPlan]:
+        """This rank's micro-batches of the step that begins at a sample, and the plan of the whole step."""
         plan = self.stream.plan(sample)
         rows = self.config.training.micro_batch_rows
         batches = self.stream.micro_batches(plan, self.processes.rank, self.accumulation, rows)
         if self.processes.device.type == "cuda":
             batches = [batch.pinned() for batch in batches]
-        return batches, plan.next_sample
+        return batches, plan
 
-    def _take(self, loading: "Future[tuple[list[TokenBatch], int]]") -> tuple[list[TokenBatch], int, float]:
+    def _take(self, loading: "Future[tuple[list[TokenBatch], StepPlan]]") -> tuple[list[TokenBatch], StepPlan, float]:
         started = time.perf_counter()
-        batches, next_sample = loading.result()
+        batches, plan = loading.result()
         waited = time.perf_counter() - started
-        return [batch.to(self.processes.device) for batch in batches], next_sample, waited
+        return [batch.to(self.processes.device) for batch in batches], plan, waited
 
     # -- looking at itself ---------------------------------------------------------------------------------------
 
-    def _log(self, meter: Meter, clock: Clock, steps: int) -> None:
+    def _log(self, meter: Meter, clock: Clock, steps: int, tokens: int) -> None:
         state, figures = self.state, dict[str, float | int]()
         read = meter.read()
-        tokens = int(read.pop("tokens"))
-        state.tokens += tokens
         timing = clock.timing(self.config.max_steps - state.step, steps)
         for name, value in read.items():
             if name == "loss" or name.startswith("loss/"):
@@ -284,17 +292,16 @@ class Trainer:
         """Write a checkpoint of this step, beside the training unless told to wait. A collective."""
         started, step, training = time.perf_counter(), self.state.step, self.config.training
         path = checkpoint.checkpoint_path(self.run_dir, step)
-        content = self.state.snapshot(self.validation.probe_loss(step))
-        stalled = 0.0
+        wait = self.saver.wait() is not None or wait or not training.async_save  # after a failure: until it is written
+        content = self.state.snapshot(self.validation.probe_loss(self.state.probe, step))
+        stalled = time.perf_counter() - started
 
         def done(seconds: float) -> None:
-            checkpoint.prune(self.run_dir, training.keep_last, training.keep_every_steps)
+            checkpoint.prune(self.run_dir, step, training.keep_last, training.keep_every_steps)
             size = f"{content.bytes / 2**20:.1f} MiB" + (" a rank" if self.processes.world > 1 else "")
-            stood = f"training stood still for {stalled:.2f} s" if stalled else "training waited for it"
-            self.logger.say(f"step {step} | saved {size} in {seconds:.2f} s, {stood}")
+            stood = stalled + (seconds if wait else 0.0)
+            self.logger.say(f"step {step} | saved {size} in {seconds:.2f} s, training stood still for {stood:.2f} s")
 
-        if training.async_save and not wait:
-            stalled = time.perf_counter() - started
         self.saver.save(path, content, done, wait=wait)
         self.logger.record(step, {"save_stall_seconds": time.perf_counter() - started})
         self.watchdog.beat(f"the checkpoint of step {step}")
@@ -314,7 +321,7 @@ class Trainer:
         saved = float(meta["probe_loss"])
         step = self.first_step = self.state.step
         self.engine.global_steps, self.engine.micro_steps = step, step * self.accumulation
-        probe = self.validation.probe_loss(step)
+        probe = self.validation.probe_loss(self.state.probe, step)
         rounded = "bf16" in (self.config.training.precision, meta["config"]["training"]["precision"])
         if not math.isclose(probe, saved, rel_tol=1e-2 if rounded else 1e-4):
             raise ConfigError(
@@ -333,7 +340,9 @@ class Trainer:
                 self.logger.say(f"the run is finished: {checkpoint.checkpoint_path(self.run_dir, step)}")
                 return finished
         path = self.save(wait=True)  # before anything that may fail
+        self._leave_if_stopped()
         figures = self.validate()
+        self._leave_if_stopped()
         if measured := self.validation.finish():
             figures |= measured
             self.logger.record(step, dict(measured))
@@ -343,8 +352,13 @@ class Trainer:
             done.write_text(json.dumps({"step": step, **figures}, indent=1), encoding="utf-8")
         dist.barrier()
         self.logger.say(f"finished after {step} steps: {path}")
-        self.logger.finish()
         return figures
+
+    def _leave_if_stopped(self) -> None:
+        stopped = torch.tensor(float(self.stop.received), device=self.processes.device)
+        dist.all_reduce(stopped)
+        if stopped > 0:
+            self._leave(f"step {self.state.step}, before the end was measured")
 
     # -- starting ------------------------------------------------------------------------------------------------
 
@@ -372,13 +386,6 @@ class Trainer:
         else:
             self.recipe.module.compile(dynamic=False)
 
-    def _listen_to_signals(self) -> None:
-        def note(number: int, frame: FrameType | None) -> None:
-            self._stop_signal = number
-
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, note)
-
     def _tell_memory(self) -> None:
         training, world, measured = self.config.training, self.processes.world, self.state_meter.stop()
         expected, promised = (
@@ -388,6 +395,7 @@ class Trainer:
                 world=world,
                 precision=training.precision,
                 averages=len(training.ema_decays),
+                persistent=self.persistent,
                 promised=promise,
             )
             for promise in (False, True)

@@ -14,6 +14,7 @@ from megatext.data.stream import DataConfig, TokenStream
 from megatext.recipes.base import Output, Recipe
 from megatext.training.ema import EMA, ema_key
 from megatext.training.engine import Processes
+from megatext.training.guards import uncompiled
 from megatext.training.metrics import Meter
 from megatext.training.run_config import RunConfig
 from megatext.training.watchdog import Watchdog
@@ -51,11 +52,9 @@ class Validation:
         watchdog: Watchdog,
         *,
         held_out: list[list[TokenBatch]],
-        probe: TokenBatch,
     ) -> None:
-        """`probe` is one small batch, the same for all ranks and for the whole run."""
         self.recipe, self.engine, self.ema, self.processes, self.watchdog = recipe, engine, ema, processes, watchdog
-        self.held_out, self.probe = held_out, probe
+        self.held_out = held_out
 
     def losses(self, step: int) -> dict[str, float]:
         """Loss terms, their weighted total and metrics on the held-out rows with fixed noise, by the raw weights
@@ -74,6 +73,7 @@ class Validation:
         """Write the recipe's sample texts, by the averaged weights where there are such."""
         with self._averaged(), self._evaluating():
             texts = self.recipe.preview(seed)
+        self.watchdog.beat("a preview")
         if texts and self.processes.is_main:
             path.parent.mkdir(exist_ok=True)
             path.write_text("\n\n----\n\n".join(texts) + "\n", encoding="utf-8")
@@ -83,13 +83,15 @@ class Validation:
         every = [batch.to(self.processes.device) for part in self.held_out for batch in part]
         if not every:
             return {}
+        self.watchdog.beat("what comes before the recipe's measurements")
         with self._averaged(), self._evaluating():
             return self.recipe.finish(every)
 
-    def probe_loss(self, step: int) -> float:
-        """The loss on the probe batch: equal before a checkpoint is saved and after it is loaded."""
+    def probe_loss(self, probe: TokenBatch, step: int) -> float:
+        """The loss on one small batch, the same for all ranks and for the whole run: equal before a checkpoint is saved
+        and after it is loaded."""
         with self._evaluating():
-            item = self.recipe.prepare(self.probe.to(self.processes.device), step=step, purpose="validation")
+            item = self.recipe.prepare(probe.to(self.processes.device), step=step, purpose="validation")
             output = self.engine(**item.inputs)
         counts = {name: count.double().clamp(min=1.0) for name, count in item.counts.items()}
         return float(total_loss(output, counts, self.recipe.loss_weights(step)))
@@ -100,15 +102,12 @@ class Validation:
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """No gradients, evaluation mode, and uncompiled: compiling it once more would cost more than it saves."""
-        module = self.recipe.module
-        compiled, module._compiled_call_impl = module._compiled_call_impl, None
         self.engine.eval()
         try:
-            with torch.no_grad():
+            with uncompiled(self.recipe.module), torch.no_grad():
                 yield
         finally:
             self.engine.train()
-            module._compiled_call_impl = compiled
 
     def _evaluate(self, batches: list[TokenBatch], step: int) -> dict[str, float]:
         """Mean loss terms, their weighted total and metrics over batches that are split over the ranks."""

@@ -5,6 +5,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,26 @@ class WandbMirror:
         self._settings = (run_dir, project, mode, resolved)
         self._say = say
         self._records: queue.Queue[tuple[int, dict[str, Any]] | None] = queue.Queue(QUEUED_RECORDS)
-        self._thread = threading.Thread(target=self._mirror, name="wandb", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
 
     def record(self, step: int, figures: dict[str, Any]) -> None:
-        """Send figures; never waits."""
-        if self._thread.is_alive() and not self._records.full():
-            self._records.put((step, figures))
+        """Send figures; never waits. The first ones start the run there."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._mirror, name="wandb", daemon=True)
+            self._thread.start()
+        if self._thread.is_alive():
+            with suppress(queue.Full):
+                self._records.put_nowait((step, figures))
 
     def finish(self) -> None:
-        """Wait, not for ever, until everything is sent."""
+        """Wait, not for ever, until everything is sent. Idempotent."""
+        if self._thread is None or not self._thread.is_alive():
+            return
+        with suppress(queue.Full):
+            self._records.put(None, timeout=FINISH_SECONDS)
+        self._thread.join(FINISH_SECONDS)
         if self._thread.is_alive():
-            self._records.put(None)
-            self._thread.join(FINISH_SECONDS)
-            if self._thread.is_alive():
-                self._say("wandb does not answer: what is missing there is in metrics.jsonl")
+            self._say("wandb does not answer: what is missing there is in metrics.jsonl")
 
     def _mirror(self) -> None:
         try:

@@ -12,6 +12,9 @@ from types import TracebackType
 HANG_EXIT_CODE = 76
 """Exit status of a process that finished nothing for too long."""
 
+STDERR = 2
+"""Its file descriptor: sys.stderr may be replaced."""
+
 
 class Watchdog:
     """Inside `with`, `beat` must be called at least every `seconds`; 0 never ends anything.
@@ -24,29 +27,36 @@ class Watchdog:
     def __init__(self, folder: Path, seconds: float, rank: int) -> None:
         self.folder, self.seconds, self.rank = folder, seconds, rank
         self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.beat("the start")
 
     def beat(self, finished: str) -> None:
         """Something was finished."""
-        self._finished, self._at = finished, time.monotonic()
+        self._finished, self._ticks = finished, 0
 
     def __enter__(self) -> "Watchdog":
         if self.seconds:
             self.beat("the start")
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._done.set()
-        faulthandler.cancel_dump_traceback_later()
+        if self.seconds:
+            self._thread.join()
+            faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        while not self._done.wait(min(self.seconds / 20, 5.0)):
-            # For a thread that hangs without letting Python run (a page of a dead network disk), a timer in C.
-            faulthandler.dump_traceback_later(2 * self.seconds + 60, exit=True)
-            if time.monotonic() - self._at > self.seconds:
+        # ticks, not a clock: a process that was suspended has not hung
+        tick = min(self.seconds / 20, 5.0)
+        while not self._done.wait(tick):
+            # For a thread that hangs without letting Python run (a page of a dead network disk), a timer in C; its
+            # exit status is 1.
+            faulthandler.dump_traceback_later(2 * self.seconds + 60, exit=True, file=STDERR)
+            self._ticks += 1
+            if self._ticks * tick > self.seconds:
                 self._dump()
                 time.sleep(min(self.seconds / 4, 30.0))
                 os._exit(HANG_EXIT_CODE)
@@ -66,4 +76,4 @@ class Watchdog:
             print(f"error: {told}; where it stands is in {path}", file=sys.stderr, flush=True)
         except OSError:  # the disk may be what hangs
             print(f"error: {told}", file=sys.stderr, flush=True)
-            faulthandler.dump_traceback(sys.stderr)
+            faulthandler.dump_traceback(STDERR)

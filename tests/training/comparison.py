@@ -29,8 +29,8 @@ def assert_same_run(run: Path, reference: Path, tolerance: float, step: int = 10
         assert mine.scalars[name] == theirs.scalars[name], name
     for key in mine.keys:
         if key in ("exp_avg", "exp_avg_sq", "momentum"):  # not of all parameters
-            pairs = [(a, b) for x, y in zip(mine.ranks, theirs.ranks, strict=False) for a, b in _pairs(x, y, key)]
             if tolerance == 0:
+                pairs = [pair for x, y in zip(mine.ranks, theirs.ranks, strict=True) for pair in _pairs(x, y, key)]
                 assert pairs and all(torch.equal(a, b) for a, b in pairs), key
             continue
         a, b = mine.state_dict(key), theirs.state_dict(key)

@@ -29,12 +29,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
-def test_killed_and_resumed_equals_uninterrupted(folder: Path, world: int) -> None:
+@pytest.mark.parametrize(("world", "kinds"), [(1, KINDS), (2, [KINDS[0], KINDS[2]])])
+def test_killed_and_resumed_equals_uninterrupted(folder: Path, world: int, kinds: list[tuple[str, str, str]]) -> None:
     """4 or 2 micro-batches a step, in fp32 and in bf16, with averages and without, AdamW and Muon, killed in the middle
     of a step and in the middle of a save."""
     commands, runs = [], []
-    for number, (precision, decays, optimizer) in enumerate(KINDS):
+    for number, (precision, decays, optimizer) in enumerate(kinds):
         options = {
             "max_steps": STEPS,
             "save_every_steps": SAVED,
@@ -50,7 +50,7 @@ def test_killed_and_resumed_equals_uninterrupted(folder: Path, world: int) -> No
         commands.append(toy.command(folder, killed, **options))
         runs.append((folder / killed, folder / reference))
     statuses = run_all(world, commands)
-    assert statuses == [0, -9, 0] * len(KINDS)
+    assert statuses == [0, -9, 0] * len(kinds)
     for killed_run, reference_run in runs:
         assert len(losses(reference_run)) == STEPS and losses(reference_run)[-1] < losses(reference_run)[0]
         assert_same_run(killed_run, reference_run, 0.0, step=STEPS)
@@ -71,7 +71,7 @@ def test_resumed_in_the_step_that_an_epoch_ends_in(folder: Path) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("first", "second"), [(2, 1), (2, 4), (1, 2)])
+@pytest.mark.parametrize(("first", "second"), [(2, 1), (2, 4)])
 def test_resumed_on_another_number_of_ranks(folder: Path, first: int, second: int) -> None:
     """The same samples in the same order: 6 steps on some ranks, killed in the 8th, 4 more on others."""
     name, reference = f"elastic-{first}-{second}", "elastic-reference"

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(folder: Path, name: str, stage: str, precision: str, optimizer: str) -> list[str]:
-    options = {"training__precision": precision, "optimizer__name": optimizer, "width": 192, "max_steps": 8}
+    options = {"training__precision": precision, "optimizer__name": optimizer, "width": 192, "max_steps": 5}
     rates = {"optimizer__learning_rate": 1e-4, "optimizer__muon_learning_rate": 1e-3}
     return [*toy.command(folder, name, **options, **rates), f"--deepspeed_config={folder / stage}.json"]
 
@@ -45,7 +45,8 @@ def command(folder: Path, name: str, stage: str, precision: str, optimizer: str)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_stages_and_optimizers(folder: Path, precision: str) -> None:
     """4 micro-batches on one process are 2 x 2 on two, under every stage; what the ranks hold is what is expected."""
-    kinds = [(s, o) for s in STAGES for o in ("adamw", "muon") if not (s == "0" and precision == "bf16")]
+    kinds = [(s, "adamw") for s in STAGES if not (s == "0" and precision == "bf16")]
+    kinds += [(s, "muon") for s in ("2", "3")]
     name = f"{precision} {{}} {{}} {{}}".format
     alone = [command(folder, name("alone", "1", o), "1", precision, o) for o in ("adamw", "muon")]
     assert run_all(1, alone) == [0, 0]
