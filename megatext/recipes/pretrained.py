@@ -62,10 +62,15 @@ def read_description(directory: str | Path, kind: str) -> dict[str, Any]:
     return description
 
 
+def text_vae_config(directory: str | Path) -> TextVAEConfig:
+    """The architecture of an exported TextVAE."""
+    described = read_description(directory, "text_vae")["config"]
+    return from_dict(TextVAEConfig, described, where=f"{directory}/config.json")
+
+
 def load_text_vae(directory: str | Path) -> tuple[TextVAE, str]:
     """An exported TextVAE (CPU, float32, frozen, evaluation mode) and the fingerprint of its tokenizer."""
     description = read_description(directory, "text_vae")
-    config = from_dict(TextVAEConfig, description["config"], where=f"{directory}/config.json")
-    vae = TextVAE(config, load_tokenizer(directory).vocab_size)
+    vae = TextVAE(text_vae_config(directory), load_tokenizer(directory).vocab_size)
     vae.load_state_dict(load_file(Path(directory) / "model.safetensors"))
     return vae.eval().requires_grad_(False), description["tokenizer_fingerprint"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megatext import rng
-from megatext.config import ConfigError, from_dict
+from megatext.config import ConfigError
 from megatext.data.packing import TokenBatch
 from megatext.flow import objectives
 from megatext.flow.paths import Path as NoisePath
@@ -27,7 +27,7 @@ from megatext.nn.layout import CONTEXT, TARGET, Layout
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
 from megatext.recipes.base import Output, Pass, Prepared, Recipe
 from megatext.recipes.draws import RowDraws
-from megatext.recipes.pretrained import load_text_vae, read_description, weights_hash, write_model
+from megatext.recipes.pretrained import load_text_vae, text_vae_config, weights_hash, write_model
 from megatext.recipes.warm_start import load_language_model
 from megatext.training.run_config import RunConfig
 
@@ -411,8 +411,7 @@ def make(config: PretrainDiTConfig, vocab_size: int) -> TextDiTTraining:
 def _untrained_vae(config: PretrainDiTConfig, vocab_size: int) -> TextVAE:
     """Of the exported VAE's sizes, or, where it is not there yet, of those that the options ask for."""
     if Path(config.dit.vae, "config.json").is_file():
-        described = read_description(config.dit.vae, "text_vae")["config"]
-        network = from_dict(TextVAEConfig, described, where=f"{config.dit.vae}/config.json")
+        network = text_vae_config(config.dit.vae)
     else:
         layers = 0 if config.dit.network.output == "tokens" else 1
         attention: Literal["causal", "full"] = "causal" if config.dit.flow.block_tokens else "full"
@@ -433,8 +432,8 @@ def passes(config: PretrainDiTConfig, module: TextDiTTraining, vocab_size: int) 
     )
     seen = Layout.concatenate([clean, noisy]) if flow.block_tokens else noisy
 
-    def run(self_condition: bool) -> Output:
-        output: Output = module(
+    def run(self_condition: bool) -> Any:
+        return module(
             latents=latents,
             noise=latents,
             tokens=zeros,
@@ -447,8 +446,7 @@ def passes(config: PretrainDiTConfig, module: TextDiTTraining, vocab_size: int) 
             history=history,
             neighbours=zeros if flow.block_tokens else None,
         )
-        return output
 
     twice = flow.self_conditioning_probability
-    both = [Pass(lambda: run(False), 1 - twice), Pass(lambda: run(True), twice)]
-    return [Pass(lambda: vae.encode(tokens, clean), trained=False), *both[: 1 if twice == 0 else 2]]
+    always = [Pass(lambda: vae.encode(tokens, clean), trained=False), Pass(lambda: run(False), 1 - twice)]
+    return [*always, Pass(lambda: run(True), twice)] if twice else always
