@@ -110,6 +110,10 @@ def test_a_dry_run_tries_a_step(
         told = capsys.readouterr().out
         assert "vocabulary      300\n" in told, name
         assert told.endswith("dry run: one step on one row a process worked\n"), name
+    repeats = tmp_path / "ds.json"  # what the configuration says, of which the tried step is not
+    repeats.write_text(json.dumps({"train_batch_size": 8, "zero_optimization": {"stage": 2}}))
+    launch(config, ["--config", str(directory / f"{name}.yaml"), *options, f"--deepspeed_config={repeats}"])
+    assert "ZeRO stage 2 | weights" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 

@@ -108,6 +108,7 @@ def test_a_wandb_that_hangs_or_breaks_costs_a_line_and_no_time(
         raise OSError("gone")
 
     monkeypatch.setattr(wandb_mirror, "FINISH_SECONDS", 0.2)
+    monkeypatch.setattr(wandb_mirror, "QUEUED_RECORDS", 50)
     cases: list[tuple[Any, dict[str, Any], str]] = [
         (lambda figures, step: time.sleep(60), {}, "does not answer"),
         (broken, {}, "wandb failed (gone)"),

@@ -167,6 +167,37 @@ def test_what_is_kept(folder: Path) -> None:
     assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(run)] == [4, 8, 9, 10]
 
 
+def test_a_run_that_went_back_keeps_what_it_writes(folder: Path, reference: Path) -> None:
+    """Behind damaged checkpoints 8 to 10 it saves 8 again, and does not take the damaged ones for newer."""
+    run = folder / "went back"
+    shutil.copytree(reference, run)
+    for step in (8, 9, 10):
+        (checkpoint.checkpoint_path(run, step) / "rank-00000.pt").unlink()
+    run_here(folder, run.name, max_steps=9, save_every_steps=8, training__keep_last=1)
+    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(run)] == [9]
+    checkpoint.verify(checkpoint.checkpoint_path(run, 9))
+
+
+def test_an_average_may_begin_later(folder: Path, reference: Path) -> None:
+    """Resumed with other decays: those that were kept go on, a new one starts from the weights of then."""
+    run = folder / "later"
+    shutil.copytree(reference, run)
+    for step in range(5, 11):
+        shutil.rmtree(checkpoint.checkpoint_path(run, step))
+    run_here(folder, run.name, training__ema_decays=[0.9, 0.7])
+    keys = checkpoint.Reader(checkpoint.checkpoint_path(run, 10)).keys
+    assert {"ema_0.7", "ema_0.9"} <= {*keys} and "ema_0.5" not in keys
+    kept, expected = weights(run, "ema_0.9"), weights(reference, "ema_0.9")
+    assert all(torch.equal(kept[name], expected[name]) for name in kept)
+    average = {name: value.double() for name, value in weights(reference, step=4).items()}
+    for step in range(5, 11):
+        decay = min(0.7, step / (9 + step))
+        now = weights(reference, step=step)
+        average = {name: decay * value + (1 - decay) * now[name].double() for name, value in average.items()}
+    for name, value in weights(run, "ema_0.7").items():
+        torch.testing.assert_close(value.double(), average[name], rtol=0, atol=1e-6)
+
+
 def test_training_goes_on_while_a_checkpoint_is_written(
     folder: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
