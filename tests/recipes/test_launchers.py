@@ -41,7 +41,9 @@ def alone(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("stage", "world"), [("zero0", 2), *((name, 2) for name in FILES), ("zero1", 4)])
+@pytest.mark.parametrize(
+    ("stage", "world"), [("zero0", 2), ("zero1", 4), *((name, 2) for name in FILES if name != "zero1")]
+)
 def test_ranks_equal_one_process(stage: str, world: int, alone: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """1 rank x 4 micro-batches, 2 x 2 and 4 x 1 take the same steps, under every stage."""
     assert FILES == ["zero1", "zero2", "zero3", "zero3_offload"]
