@@ -52,15 +52,16 @@ def test_ranks_equal_one_process(stage: str, world: int, alone: tuple[Path, dict
     if stage == "zero0":  # has nothing to tune, so there is no file of ours
         ds_config = tmp_path / "zero0.json"
         ds_config.write_text('{"zero_optimization": {"stage": 0}}')
-    pretrain(list(SYSTEMS), world, tmp_path, base, f"--deepspeed_config={ds_config}")
-    for name in SYSTEMS:
+    names = ["vae", "blocks"] if stage in ("zero0", "zero3_offload") else list(SYSTEMS)
+    pretrain(names, world, tmp_path, base, f"--deepspeed_config={ds_config}")
+    for name in names:
         first, second = ([r["loss"] for r in records(d / name) if "loss" in r] for d in (directory, tmp_path))
         assert len(first) == 4 and first == pytest.approx(second, rel=1e-5), name
         previews = [[p.read_text() for p in sorted((d / name / "samples").glob("*"))] for d in (directory, tmp_path)]
         assert previews[0] == previews[1], name
     finished = [json.loads((d / "vae" / "finished.json").read_text()) for d in (directory, tmp_path)]
     assert finished[0]["latent_std"] == pytest.approx(finished[1]["latent_std"], rel=1e-4)
-    for name in ("blocks", "one_shot"):
+    for name in {"blocks", "one_shot"} & {*names}:
         export(tmp_path / name, tmp_path / "model" / name)
         generator = TextGenerator.from_pretrained(tmp_path / "model" / name)
         texts = generator.generate(

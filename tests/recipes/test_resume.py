@@ -23,10 +23,7 @@ def base(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("precision", "world", "steps", "kind"),
-    [("fp32", 1, 100, "step"), ("bf16", 1, 20, "save"), ("fp32", 2, 20, "save"), ("bf16", 2, 20, "step")],
-)
+@pytest.mark.parametrize(("precision", "world", "steps", "kind"), [("fp32", 1, 100, "step"), ("bf16", 2, 20, "save")])
 def test_killed_and_resumed_equals_uninterrupted(
     precision: str, world: int, steps: int, kind: str, base: dict[str, Any], tmp_path: Path
 ) -> None:
