@@ -167,15 +167,15 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 class Saver:
-    """Writes a run's checkpoints, one at a time, with `beside` while training goes on.
+    """Writes a run's checkpoints, one at a time, in a thread beside the training.
 
     Every rank makes one, and calls its methods in the same order. The ranks agree on a checkpoint in a process group of
     its own, so that their other collectives are not disturbed.
     """
 
-    def __init__(self, *, beside: bool, say: Callable[[str], None], beat: Callable[[str], None]) -> None:
-        """`beat` is called while something is being written."""
-        self.beside, self.say, self.beat = beside, say, beat
+    def __init__(self, *, say: Callable[[str], None], beat: Callable[[str], None]) -> None:
+        """`beat` is called while a write is waited for."""
+        self.say, self.beat = say, beat
         self._group = dist.new_group(backend="gloo")
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None

@@ -114,7 +114,7 @@ class Trainer:
         training, say = config.training, self.logger.say
         self.guard = StepGuard(training.on_non_finite, training.skipped_steps_limit, say, self.state)
         self.watchdog = Watchdog(self.run_dir / "stacks", training.hang_timeout_seconds, processes.rank)
-        self.saver = checkpoint.Saver(beside=training.async_save, say=say, beat=self.watchdog.beat)
+        self.saver = checkpoint.Saver(say=say, beat=self.watchdog.beat)
         self.validation = Validation(recipe, self.engine, self.state.ema, processes, self.watchdog, held_out=held_out)
         self.peak_tflops = peak_tflops(processes.device)
         if self.peak_tflops is not None:
