@@ -28,7 +28,7 @@ BYTES_PER_CHUNK = 1 << 20
 """A chunk ends at whichever comes first: books would fill the memory of all workers."""
 SEPARATOR = "<|endoftext|>"
 """Ends a document in .txt files, as in TinyStories' own; a file without one is one document."""
-_SUFFIXES = (".jsonl.zst.tar", ".jsonl.zst", ".jsonl.gz", ".jsonl", ".txt", ".parquet")
+SUFFIXES = (".jsonl.zst.tar", ".jsonl.zst", ".jsonl.gz", ".jsonl", ".txt", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -156,14 +156,14 @@ def expand(inputs: Sequence[str]) -> list[str]:
         if text.startswith(("hf:", "pydocs:")):
             expanded.append(text)
         elif path.is_dir():
-            files = sorted(str(p) for p in path.rglob("*") if p.name.endswith(_SUFFIXES))
+            files = sorted(str(p) for p in path.rglob("*") if p.name.endswith(SUFFIXES))
             if not files:
-                raise DataError(f"{text}: no readable file in this folder; readable are *{', *'.join(_SUFFIXES)}")
+                raise DataError(f"{text}: no readable file in this folder; readable are *{', *'.join(SUFFIXES)}")
             expanded += files
         elif not path.is_file():
             raise DataError(f"{text}: no such input; give files, folders, hf:NAME[:CONFIG]:SPLIT or pydocs:")
-        elif not path.name.endswith(_SUFFIXES):
-            raise DataError(f"{text}: unknown kind of file; readable are *{', *'.join(_SUFFIXES)}")
+        elif not path.name.endswith(SUFFIXES):
+            raise DataError(f"{text}: unknown kind of file; readable are *{', *'.join(SUFFIXES)}")
         else:
             expanded.append(text)
     return expanded
@@ -324,7 +324,7 @@ def _reader(
 def _name(text: str, names: set[str]) -> str:
     """What keys begin with: the file's name without its ending, numbered where it was there before."""
     name = text if text.startswith("hf:") else Path(text).name
-    for suffix in _SUFFIXES:
+    for suffix in SUFFIXES:
         name = name.removesuffix(suffix)
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")
     unique, number = name, 1

@@ -1,18 +1,24 @@
 """`python -m evaluation manifest|generate|score|compare|report|run`: from a task to a report.
 
-Every stage reads and writes one --output directory and can be run alone; `run` chains them. What is already there
-and made from the same inputs is not made again.
+Every stage reads and writes one --output directory and can be run alone; `run` chains them for one task or several.
+What is already there and made from the same inputs is not made again.
 """
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # --help answers at once because torch and transformers wait until they are needed
+    from evaluation.generation import Settings
     from evaluation.manifest import Manifest
+    from evaluation.scoring import ScoreConfig
+    from evaluation.systems import SystemEntry
 
-METRICS = "judge,rouge,bertscore,mauve"
+METRICS = "rouge,bertscore,mauve,perplexity,diversity"
+LARGE = "openai-community/gpt2-large"
+ROBERTA = "FacebookAI/roberta-large"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -23,7 +29,6 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with cli_errors():
-        _check_models(arguments)
         arguments.function(arguments)
 
 
@@ -41,64 +46,81 @@ def _parser() -> argparse.ArgumentParser:
             part(sub)
         sub.set_defaults(function=function)
 
-    stage("manifest", _manifest, "choose documents, cut prefixes and targets", _task_options, _output_option)
+    generating = (_system_options, _judge_option)
+    scoring = (_score_options, _judge_option)
+    models = (_cache_option, _device_option, _dry_run_option)
+    stage("manifest", _manifest, "choose documents, cut prefixes and targets", _one_task, _task_options, _output)
+    stage("generate", _generate, "write every system's continuations", _output, *generating, *models)
+    stage("score", _score, "measure what was written", _output, *scoring, *models)
+    stage("compare", _compare, "paired differences from one system", _compare_options, _cache_option)
+    stage("report", _report, "HTML, plots, Markdown and CSV", _output, _results_option, _report_options)
     stage(
-        "generate",
-        _generate,
-        "write every system's continuations",
-        _output_option,
-        _system_options,
-        _judge_option,
-        _device_option,
-    )
-    stage("score", _score, "measure what was written", _output_option, _judge_option, _score_options, _device_option)
-    stage("compare", _compare, "paired differences of two systems", _compare_options)
-    stage("report", _report, "HTML, plots, Markdown and CSV", _output_option, _report_options)
-    stage(
-        "run",
-        _run,
-        "all stages, one after the other",
-        _task_options,
-        _output_option,
-        _system_options,
-        _judge_option,
-        _score_options,
-        _report_options,
-        _device_option,
-    )
+        "run", _run, "all stages, for one task or several", _tasks, _task_options, _output, _system_options,
+        *scoring, _report_options, *models,
+    )  # fmt: skip
     return parser
 
 
-def _output_option(sub: argparse.ArgumentParser) -> None:
+def _output(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory of all stages")
 
 
+def _one_task(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--task", required=True, metavar="TASK", help="task file, or the name of a shipped one")
+
+
+def _tasks(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--task", required=True, action="append", metavar="TASK",
+        help="task file, or the name of a shipped one; several are written to DIR/NAME each and share a report",
+    )  # fmt: skip
+
+
 def _task_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--task", required=True, metavar="FILE", help="task file, or the name of a shipped one")
-    sub.add_argument("--source", metavar="SOURCE", help="other documents: shards:DIR:SPLIT, a path, hf:NAME:SPLIT")
+    sub.add_argument(
+        "--source", action="append", metavar="SOURCE",
+        help="other documents: a file, a folder, hf:NAME[:CONFIG]:SPLIT, shards:DIR:SPLIT; with several tasks one each",
+    )  # fmt: skip
+    sub.add_argument("--reference-tokenizer", metavar="DIR", help="decides cuts instead of the task's")
     sub.add_argument("--limit", type=int, metavar="N", help="no more than N samples, the first of the task's")
 
 
 def _system_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--systems", type=Path, metavar="FILE", help="YAML list of {name, system, sampling}")
     sub.add_argument(
-        "--system", action="append", default=[], metavar="NAME=SYSTEM", help="one more row, e.g. mine=jsonl:texts.jsonl"
-    )
+        "--system", action="append", default=[], metavar="NAME=SYSTEM",
+        help="one more row: model:DIR, hf:DIR, jsonl:FILE, python:MODULE:FUNCTION, or human, other, shuffled, repeat, "
+        "empty",
+    )  # fmt: skip
+    sub.add_argument("--length", default="oracle", help="oracle (the human's), fixed:TOKENS, or free:TOKENS (at most)")
     sub.add_argument("--seed", type=int, default=0, help="seed of sampling")
 
 
 def _judge_option(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--judge", type=Path, required=True, metavar="DIR", help="Hugging Face causal LM that judges")
+    sub.add_argument(
+        "--judge", metavar="MODEL",
+        help="causal LM (directory or name) that scores perplexity and whose tokens the row `shuffled` shuffles "
+        f"(default for scoring: {LARGE}; for generating: no row `shuffled`)",
+    )  # fmt: skip
 
 
 def _score_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--featuriser", type=Path, metavar="DIR", help="model for BERTScore and MAUVE; the judge if not given"
-    )
     sub.add_argument("--metrics", default=METRICS, help="what to measure")
-    sub.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of judge and featuriser")
+    sub.add_argument("--featuriser", default=LARGE, metavar="MODEL", help="model for MAUVE, directory or name")
+    sub.add_argument("--bertscore-model", default=ROBERTA, metavar="MODEL", help="model for BERTScore")
+    sub.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the models that score")
+    sub.add_argument("--stem", action="store_true", help="ROUGE on Porter stems")
     sub.add_argument("--bertscore-layer", type=int, metavar="N", help="hidden layer for BERTScore")
-    sub.add_argument("--mauve-seeds", type=int, default=5, metavar="K", help="k-means seeds to average")
+    sub.add_argument("--bertscore-idf", action="store_true", help="weigh tokens by their rarity")
+    sub.add_argument("--bertscore-baseline", type=Path, metavar="TSV", help="bert-score's baseline of the model")
+    sub.add_argument("--mauve-seeds", type=int, default=10, metavar="K", help="k-means seeds to average")
+    sub.add_argument("--mauve-text", choices=("continuation", "whole"), default="continuation", help="what it compares")
+
+
+def _results_option(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--results", type=Path, nargs="+", metavar="DIR", help="scored directories of several tasks, side by side"
+    )
 
 
 def _report_options(sub: argparse.ArgumentParser) -> None:
@@ -108,24 +130,27 @@ def _report_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--prompts", type=int, default=12, metavar="K", help="prompts to show side by side")
 
 
+def _cache_option(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--cache", type=Path, metavar="DIR", help="texts, features and scores of before (default: cache in --output)"
+    )
+
+
 def _device_option(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", help="cpu or cuda; a GPU if there is one")
 
 
+def _dry_run_option(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--dry-run", action="store_true", help="tell what is to be done and how long it may take; stop")
+
+
 def _compare_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("a", metavar="RESULTS:SYSTEM", help="output directory and row, e.g. runs/eval:dit")
-    sub.add_argument("b", metavar="RESULTS:SYSTEM", help="the row to compare it with, of the same manifest")
+    sub.add_argument(
+        "rows", nargs="+", metavar="DIR:SYSTEM", help="output directory and row, e.g. runs/eval:dit; the last is the "
+        "one that the others are compared with",
+    )  # fmt: skip
     sub.add_argument("--seed", type=int, default=0, help="seed of the resampling")
-
-
-def _check_models(arguments: argparse.Namespace) -> None:
-    """Fail before the first text is written, not after an hour."""
-    from megatext.config import ConfigError
-
-    for option in ("judge", "featuriser"):
-        directory = getattr(arguments, option, None)
-        if directory is not None and not (directory / "config.json").is_file():
-            raise ConfigError(f"--{option} {directory}: not a Hugging Face model directory (no config.json)")
+    sub.add_argument("--output", type=Path, metavar="FILE", help="write the differences as JSON, too")
 
 
 def _device(arguments: argparse.Namespace) -> str:
@@ -136,21 +161,26 @@ def _device(arguments: argparse.Namespace) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _manifest(arguments: argparse.Namespace) -> "Manifest":
+def _manifest(arguments: argparse.Namespace) -> None:
+    sources = arguments.source or [None]
+    _build(arguments.task, sources[0], arguments, arguments.output)
+
+
+def _build(task: str, source: str | None, arguments: argparse.Namespace, output: Path) -> "Manifest":
     from evaluation.manifest import build_manifest, save_manifest
     from evaluation.tasks import load_task
 
-    manifest = build_manifest(load_task(arguments.task, source=arguments.source, limit=arguments.limit))
-    path = save_manifest(manifest, arguments.output)
+    config = load_task(task, source=source, tokenizer=arguments.reference_tokenizer, limit=arguments.limit)
+    manifest = build_manifest(config)
+    path = save_manifest(manifest, output)
     print(
-        f"{path}: {len(manifest.samples)} samples of {manifest.task['documents']} documents, hash {manifest.hash[:12]}"
+        f"{path}: {len(manifest.samples)} samples of {manifest.task['documents']} documents, "
+        f"{len(manifest.others)} others, hash {manifest.hash[:12]}"
     )
     return manifest
 
 
-def _generate(arguments: argparse.Namespace) -> None:
-    from evaluation.generation import generate_all
-    from evaluation.manifest import load_manifest
+def _entries(arguments: argparse.Namespace) -> "list[SystemEntry]":
     from evaluation.systems import SystemEntry, complete, load_systems
     from megatext.config import ConfigError
 
@@ -160,61 +190,142 @@ def _generate(arguments: argparse.Namespace) -> None:
         if not equals:
             raise ConfigError(f"--system {text}: write NAME=SYSTEM")
         entries.append(SystemEntry(name, system))
-    found = generate_all(
-        load_manifest(arguments.output),
-        complete(entries),
-        output=arguments.output,
+    return complete(entries, arguments.judge)
+
+
+def _settings(arguments: argparse.Namespace, output: Path) -> "Settings":
+    from evaluation.generation import Settings
+    from evaluation.hub import model_directory
+    from evaluation.systems.base import Length
+
+    return Settings(
         seed=arguments.seed,
-        judge_dir=arguments.judge,
+        length=Length.parse(arguments.length),
+        judge=model_directory(arguments.judge, "--judge") if arguments.judge else None,
         device=_device(arguments),
+        cache=arguments.cache or output / "cache",
     )
+
+
+def _score_config(arguments: argparse.Namespace) -> "ScoreConfig":
+    from evaluation.scoring import ScoreConfig
+
+    return ScoreConfig(
+        metrics=tuple(arguments.metrics.split(",")),
+        judge=arguments.judge or LARGE,
+        featuriser=arguments.featuriser,
+        bertscore_model=arguments.bertscore_model,
+        dtype=arguments.dtype,
+        stem=arguments.stem,
+        bertscore_layer=arguments.bertscore_layer,
+        bertscore_idf=arguments.bertscore_idf,
+        bertscore_baseline=arguments.bertscore_baseline,
+        mauve_seeds=tuple(range(25, 25 + arguments.mauve_seeds)),
+        mauve_text=arguments.mauve_text,
+    )
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from evaluation.estimate import describe, plan_generation
+    from evaluation.generation import generate_all
+    from evaluation.manifest import load_manifest
+
+    manifest, entries = load_manifest(arguments.output), _entries(arguments)
+    settings = _settings(arguments, arguments.output)
+    if arguments.dry_run:
+        print(describe(plan_generation(manifest, entries, settings)))
+        return
+    found = generate_all(manifest, entries, settings, arguments.output)
     print(f"{arguments.output / 'generations.json'}: {', '.join(item.entry.name for item in found)}")
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    print(f"\n{_scored(arguments)}\n")
-
-
-def _scored(arguments: argparse.Namespace) -> str:
+    from evaluation.estimate import describe, plan_scoring
     from evaluation.generation import load_generations
     from evaluation.manifest import load_manifest
-    from evaluation.scoring import ScoreConfig, score
+
+    if arguments.dry_run:
+        manifest = load_manifest(arguments.output)
+        texts = [item.texts for item in load_generations(arguments.output, manifest)]
+        cache = arguments.cache or arguments.output / "cache"
+        print(describe(plan_scoring(manifest, texts, _score_config(arguments), cache, _device(arguments))))
+        return
+    print(f"\n{_scored(arguments, arguments.output)}\n")
+
+
+def _scored(arguments: argparse.Namespace, output: Path) -> str:
+    from evaluation.generation import load_generations
+    from evaluation.manifest import load_manifest
+    from evaluation.scoring import score
     from evaluation.table import console_table
 
-    manifest = load_manifest(arguments.output)
-    config = ScoreConfig(
-        judge=str(arguments.judge),
-        featuriser=str(arguments.featuriser or arguments.judge),
-        metrics=tuple(arguments.metrics.split(",")),
-        dtype=arguments.dtype,
-        bertscore_layer=arguments.bertscore_layer,
-        mauve_seeds=tuple(range(25, 25 + arguments.mauve_seeds)),
+    manifest, cache = load_manifest(output), arguments.cache or output / "cache"
+    generations = load_generations(output, manifest)
+    return console_table(
+        score(manifest, generations, _score_config(arguments), output, cache=cache, device=_device(arguments))
     )
-    generations = load_generations(arguments.output, manifest)
-    return console_table(score(manifest, generations, config, arguments.output, device=_device(arguments)))
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from evaluation.compare import compare, comparison_table
+    import json
 
-    (path_a, _, name_a), (path_b, _, name_b) = arguments.a.rpartition(":"), arguments.b.rpartition(":")
-    print(comparison_table(compare((Path(path_a), name_a), (Path(path_b), name_b), seed=arguments.seed)))
+    from evaluation.compare import compare, comparison_table
+    from evaluation.files import atomic_write
+    from megatext.config import ConfigError
+
+    rows = []
+    for text in arguments.rows:
+        directory, colon, name = text.rpartition(":")
+        if not colon or not name:
+            raise ConfigError(f"{text}: write DIR:SYSTEM, e.g. runs/eval:dit")
+        rows.append((Path(directory), name))
+    if len(rows) < 2:
+        raise ConfigError("compare needs two rows or more; the last is the one that the others are compared with")
+    comparison = compare(rows, cache=arguments.cache, seed=arguments.seed)
+    if arguments.output:
+        atomic_write(arguments.output, json.dumps(comparison, indent=1) + "\n")
+    print(comparison_table(comparison))
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from evaluation.manifest import load_manifest
+    _write_report(arguments.results or [arguments.output], arguments)
+
+
+def _write_report(results: Sequence[Path], arguments: argparse.Namespace) -> None:
     from evaluation.report import write_report
 
-    path = write_report(arguments.output, load_manifest(arguments.output), arguments.runs, prompts=arguments.prompts)
+    path = write_report(arguments.output, results, arguments.runs, prompts=arguments.prompts)
     print(f"report: {path}")
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    _manifest(arguments)
-    _generate(arguments)
-    table = _scored(arguments)
-    _report(arguments)
-    print(f"\n{table}\n")
+    from evaluation.estimate import describe, plan_generation, plan_scoring
+    from evaluation.generation import generate_all
+    from evaluation.scoring import Models
+    from evaluation.tasks import load_task
+    from megatext.config import ConfigError
+
+    entries, config = _entries(arguments), _score_config(arguments)
+    Models(config, "cpu")  # a model that is missing is missed before the first text is written, not after an hour
+    sources = arguments.source or [None] * len(arguments.task)
+    if len(sources) != len(arguments.task):
+        raise ConfigError(f"{len(arguments.task)} tasks and {len(sources)} sources: give one --source for each --task")
+    outputs = [arguments.output / load_task(task).name for task in arguments.task]
+    if len(set(outputs)) < len(outputs):
+        raise ConfigError("two tasks have one name: what is written of them would be one")
+    tables = []
+    for task, source, output in zip(arguments.task, sources, outputs, strict=True):
+        manifest, settings = _build(task, source, arguments, output), _settings(arguments, output)
+        if arguments.dry_run:
+            plan = plan_generation(manifest, entries, settings)
+            plan += plan_scoring(manifest, [None] * len(entries), config, settings.cache, settings.device)
+            print(describe(plan))
+            continue
+        generate_all(manifest, entries, settings, output)
+        tables.append(_scored(arguments, output))
+    if not arguments.dry_run:
+        _write_report(outputs, arguments)
+        print("\n" + "\n\n".join(tables) + "\n")
 
 
 if __name__ == "__main__":

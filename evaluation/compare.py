@@ -1,65 +1,124 @@
-"""The compare stage: two systems on the same samples, paired."""
+"""The compare stage: systems on the same samples, paired with one of them."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from evaluation.cache import Cache, key_of
 from evaluation.files import read_jsonl
-from evaluation.report import load_results
+from evaluation.manifest import load_manifest
+from evaluation.scorers import feature_key, feature_texts
+from evaluation.scoring import load_results
 from evaluation.statistics import holm, paired
+from evaluation.table import BY_KEY
 from megatext.config import ConfigError
 from megatext.data import DataError
 
-PAIRED = ("nll", "rouge1", "rouge2", "rougeL", "bertscore")
+PAIRED = ("rouge1", "rouge2", "rougeL", "bertscore", "nll", "repetition4")
+"""Metrics that every sample has of its own."""
+_SCORED_ALIKE = (
+    "dtype", "stem", "bertscore_layer", "bertscore_idf", "mauve_seeds", "mauve_text",
+)  # fmt: skip
 
 
-def compare(a: tuple[Path, str], b: tuple[Path, str], *, seed: int = 0) -> dict[str, Any]:
-    """Differences a - b of every per-sample metric both have. Each side is (output directory, row).
+def compare(rows: Sequence[tuple[Path, str]], *, cache: Path | None = None, seed: int = 0) -> dict[str, Any]:
+    """Differences of each row but the last from the last one. A row is (output directory, system).
 
-    Raises DataError for results of different manifests, judges or featurisers: their numbers do not compare.
-    """
-    results = [load_results(path) for path, _ in (a, b)]
-    for what, key in (("manifest", "hash"), ("judge", "weights"), ("featuriser", "weights")):
-        first, second = (result[what][key] for result in results)
-        if first != second:
-            raise DataError(f"{a[0]} and {b[0]}: different {what}s ({first[:12]}, {second[:12]}) are never compared")
-    sides = [_samples(path, name) for path, name in (a, b)]
-    rows = []
-    for metric in PAIRED:
-        values = [
-            (left[metric], right[metric])
-            for key, left in sides[0].items()
-            if left.get(metric) is not None and (right := sides[1][key]).get(metric) is not None
-        ]
-        if len(values) > 1:
-            rows.append((metric, len(values), paired([x for x, _ in values], [y for _, y in values], seed=seed)))
-    adjusted = holm([difference.p for _, _, difference in rows])
+    Raises DataError for results of different manifests, models, settings or lengths: their numbers do not compare.
+    MAUVE's difference needs the features that scoring left in the cache (of the first directory if not given), and is
+    left out without them."""
+    results = [load_results(path) for path, _ in rows]
+    for path, other in zip([path for path, _ in rows[1:]], results[1:], strict=True):
+        _refuse(results[0], other, rows[0][0], path)
+    sides = [_samples(path, name) for path, name in rows]
+    found: list[dict[str, Any]] = []
+    for (_, name), side in zip(rows[:-1], sides[:-1], strict=True):
+        for metric in PAIRED:
+            values = [
+                (left[metric], right[metric])
+                for key, left in side.items()
+                if left.get(metric) is not None and (right := sides[-1][key]).get(metric) is not None
+            ]
+            if len(values) > 1:
+                d = paired([x for x, _ in values], [y for _, y in values], seed=seed)
+                found.append({
+                    "system": name, "metric": metric, "n": len(values), "difference": d.mean, "ci95": list(d.ci95),
+                    "p": d.p, "wins": d.wins, "test": "sign flips",
+                })  # fmt: skip
+        mauve = _mauve(rows[0][0], results[0], side, sides[-1], cache or rows[0][0] / "cache")
+        if mauve is not None:
+            margin = 100 * 1.96 * mauve.error
+            found.append({
+                "system": name, "metric": "mauve", "n": len(side), "difference": 100 * mauve.mean,
+                "ci95": [100 * mauve.mean - margin, 100 * mauve.mean + margin], "p": mauve.p, "wins": None,
+                "test": "normal, error of clusters and texts",
+            })  # fmt: skip
+    for row, p in zip(found, holm([row["p"] for row in found]), strict=True):
+        row["p_holm"] = p
     return {
-        "a": a[1], "b": b[1], "manifest": results[0]["manifest"]["hash"], "seed": seed,
-        "metrics": {
-            name: {"n": n, "difference": d.mean, "ci95": list(d.ci95), "p": d.p, "p_holm": p, "wins": d.wins}
-            for (name, n, d), p in zip(rows, adjusted, strict=True)
-        },
+        "baseline": rows[-1][1], "manifest": results[0]["manifest"]["hash"], "seed": seed, "differences": found,
     }  # fmt: skip
 
 
 def comparison_table(comparison: dict[str, Any]) -> str:
     """The comparison with aligned columns, for a terminal."""
-    lines = [f"{comparison['a']} - {comparison['b']}, paired over samples, manifest {comparison['manifest'][:12]}"]
-    heads = f"{'metric':<10} {'n':>5} {'difference':>11} {'95 % interval':>20} {'p':>8} {'p (Holm)':>9} {'wins':>6}"
-    lines.append(heads)
-    for name, row in comparison["metrics"].items():
+    rows = comparison["differences"]
+    width = max([6, *(len(row["system"]) for row in rows)])
+    lines = [
+        f"minus {comparison['baseline']}, paired over samples, manifest {comparison['manifest'][:12]}",
+        f"{'system':<{width}} {'metric':<10} {'n':>5} {'difference':>11} {'95 % interval':>20} {'p':>8} "
+        f"{'p (Holm)':>9} {'wins':>6}",
+    ]
+    for row in rows:
         interval = f"{row['ci95'][0]:.3f} to {row['ci95'][1]:.3f}"
+        wins = "-" if row["wins"] is None else f"{row['wins']:.1%}"
         lines.append(
-            f"{name:<10} {row['n']:>5} {row['difference']:>11.3f} {interval:>20} {row['p']:>8.4f} "
-            f"{row['p_holm']:>9.4f} {row['wins']:>6.1%}"
+            f"{row['system']:<{width}} {BY_KEY[row['metric']].heading:<10} {row['n']:>5} {row['difference']:>11.3f} "
+            f"{interval:>20} {row['p']:>8.4f} {row['p_holm']:>9.4f} {wins:>6}"
         )
+    lines.append(f"p (Holm) holds for all {len(rows)} lines together; wins are samples, ties count half.")
+    if any(row["metric"] == "mauve" for row in rows):
+        lines.append("MAUVE: all three texts clustered together; interval and p by the normal approximation.")
     return "\n".join(lines)
 
 
+def _refuse(first: dict[str, Any], other: dict[str, Any], path: Path, other_path: Path) -> None:
+    def differ(what: str, a: Any, b: Any) -> None:
+        if a != b:
+            both = f"{str(a)[:40]}, {str(b)[:40]}"
+            raise DataError(f"{path} and {other_path}: different {what} are never compared ({both})")
+
+    differ("manifests", first["manifest"]["hash"][:12], other["manifest"]["hash"][:12])
+    differ("length rules", first["length"], other["length"])
+    for role in first["models"].keys() & other["models"].keys():
+        weights = (results["models"][role]["weights"][:12] for results in (first, other))
+        differ(f"{role.replace('_', ' ')}s", *weights)
+    for key in _SCORED_ALIKE:
+        differ(f"settings of {key}", first["config"][key], other["config"][key])
+
+
 def _samples(path: Path, name: str) -> dict[str, dict[str, Any]]:
-    directory = path if path.is_dir() else path.parent
-    records = {record["id"]: record for record in read_jsonl(directory / "samples.jsonl") if record["system"] == name}
+    records = {record["id"]: record for record in read_jsonl(path / "samples.jsonl") if record["system"] == name}
     if not records:
         known = [system["name"] for system in load_results(path)["systems"]]
         raise ConfigError(f"{path}: no system {name!r}; its systems are {', '.join(known)}")
     return records
+
+
+def _mauve(
+    path: Path, results: dict[str, Any], a: dict[str, dict[str, Any]], b: dict[str, dict[str, Any]], folder: Path
+) -> Any:
+    """The MauveDifference of two rows, None where MAUVE was not scored or its features are gone."""
+    from evaluation.metrics.mauve import difference
+
+    if "mauve" not in results["parameters"]:
+        return None
+    config, samples = results["config"], load_manifest(path).samples
+    cache = Cache(folder, *feature_key(results["models"]["featuriser"]["weights"], config["dtype"]))
+    sets = [[s.target for s in samples], *([side[s.id]["text"] for s in samples] for side in (a, b))]
+    keys = [[key_of(text) for text in feature_texts(samples, texts, config["mauve_text"])] for texts in sets]
+    if any(cache.missing(own) for own in keys):
+        return None
+    found = difference(*(cache.stacked(own) for own in keys), seeds=config["mauve_seeds"])
+    return found if math.isfinite(found.mean) else None

@@ -7,14 +7,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.files import append_jsonl, atomic_write, hash_of, read_log
+from evaluation.cache import Cache, key_of
+from evaluation.files import atomic_write
 from evaluation.manifest import Manifest
-from evaluation.systems import Request, SystemEntry, Writer, open_writer, request_seed
+from evaluation.systems import SystemEntry, open_system
+from evaluation.systems.base import Item, Length, System
 from megatext.data import DataError
 
 
 @dataclass(frozen=True)
-class Generations:
+class Generated:
     """One system's texts in the manifest's order, and what is recorded of how they came about."""
 
     entry: SystemEntry
@@ -29,81 +31,96 @@ class Generations:
     """Hash of the manifest the texts belong to."""
     seed: int
     """Seed of the run."""
+    length: Length
+    """The rule of how long texts are."""
     texts: list[str]
     """A continuation for each sample."""
     ids: list[list[int]] | None
     """Token ids to score instead of the encoded texts (shuffled tokens)."""
     ids_tokenizer: str | None
     """Fingerprint of the tokenizer of `ids`."""
+    prefixes_cut: int
+    """Prefixes that were cut at their start because the system does not read more."""
     seconds_per_sample: float | None
     """Mean wall time of a text within its batch; None where it means nothing."""
     unconditional: list[str]
     """Passages written without a prefix."""
 
 
-def generate(
-    manifest: Manifest,
-    entry: SystemEntry,
-    *,
-    output: Path,
-    seed: int,
-    judge_dir: Path | None = None,
-    device: str = "cpu",
-) -> Generations:
-    """Write what is missing of a system's texts under output/cache/generations and return all of them."""
-    writer = open_writer(entry, manifest, judge_dir=judge_dir, device=device)
-    requests = [
-        Request(sample.id, sample.prefix, writer.target_tokens(sample), request_seed(seed, "continuation", sample.id))
-        for sample in manifest.samples
-    ]
-    records = _written(writer, entry, manifest, requests, "continuation", output, seed)
-    length = entry.unconditional_tokens or int(manifest.task.get("max_tokens", 64))
-    free = [
-        Request(str(i), "", length, request_seed(seed, "unconditional", str(i))) for i in range(entry.unconditional)
-    ]
-    passages = (
-        _written(writer, entry, manifest, free, f"unconditional-{length}", output, seed)
-        if free and writer.timed
-        else []
-    )
+@dataclass(frozen=True)
+class Settings:
+    """What every system of a table is run with."""
+
+    seed: int = 0
+    """Of all sampling."""
+    length: Length = Length()
+    """How long texts are."""
+    judge: Path | None = None
+    """The model whose tokens the row `shuffled` shuffles."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    cache: Path = Path("cache")
+    """Folder of what was written before."""
+
+
+def items_of(manifest: Manifest, entry: SystemEntry, length: Length) -> tuple[list[Item], list[Item]]:
+    """The continuations of a manifest, and an entry's passages without a prefix."""
+    items = [Item(sample.id, sample.prefix, sample.target, length) for sample in manifest.samples]
+    tokens = Length("fixed", entry.unconditional_tokens or int(manifest.task["max_tokens"]))
+    model = entry.system.partition(":")[0] in ("hf", "model", "python")
+    return items, [Item(str(i), "", "", tokens) for i in range(entry.unconditional if model else 0)]
+
+
+def generate(manifest: Manifest, entry: SystemEntry, settings: Settings) -> Generated:
+    """Write what is missing of a system's texts and return all of them."""
+    system = open_system(entry, manifest, judge=settings.judge, device=settings.device)
+    items, free = items_of(manifest, entry, settings.length)
+    records = _written(system, entry, items, settings, "continuations")
+    passages = _written(system, entry, free, settings, "unconditional") if free else []
     seconds = [record["seconds"] for record in records]
-    return Generations(
+    return Generated(
         entry=entry,
-        fingerprint=writer.fingerprint,
-        weights=writer.weights,
-        started_from=writer.started_from,
+        fingerprint=system.fingerprint(),
+        weights=system.weights,
+        started_from=system.started_from,
         manifest=manifest.hash,
-        seed=seed,
+        seed=settings.seed,
+        length=settings.length,
         texts=[record["text"] for record in records],
-        ids=[record["ids"] for record in records] if writer.ids_tokenizer else None,
-        ids_tokenizer=writer.ids_tokenizer,
-        seconds_per_sample=sum(seconds) / len(seconds) if writer.timed else None,
+        ids=[record["ids"] for record in records] if system.ids_tokenizer else None,
+        ids_tokenizer=system.ids_tokenizer,
+        prefixes_cut=sum(record["prefix_cut"] > 0 for record in records),
+        seconds_per_sample=sum(seconds) / len(seconds) if system.timed else None,
         unconditional=[record["text"] for record in passages],
     )
 
 
 def generate_all(
-    manifest: Manifest, entries: Sequence[SystemEntry], *, output: Path, seed: int, judge_dir: Path | None, device: str
-) -> list[Generations]:
+    manifest: Manifest, entries: Sequence[SystemEntry], settings: Settings, output: Path
+) -> list[Generated]:
     """Every system's texts, and `output/generations.json`, by which the later stages find them."""
-    found = [
-        generate(manifest, entry, output=output, seed=seed, judge_dir=judge_dir, device=device) for entry in entries
-    ]
+    found = [generate(manifest, entry, settings) for entry in entries]
     atomic_write(output / "generations.json", json.dumps([asdict(item) for item in found], ensure_ascii=False))
     return found
 
 
-def load_generations(output: Path, manifest: Manifest) -> list[Generations]:
-    """What `generate_all` left. Raises DataError if it belongs to another manifest."""
+def load_generations(output: Path, manifest: Manifest) -> list[Generated]:
+    """What `generate_all` left. Raises DataError if it belongs to another manifest or version."""
     path = output / "generations.json"
     if not path.exists():
         raise DataError(f"{path}: no such file; run `python -m evaluation generate --output {output}` first")
-    found = [Generations(**{**item, "entry": SystemEntry(**item["entry"])}) for item in json.loads(path.read_text())]
+    try:
+        found = [
+            Generated(**{**item, "entry": SystemEntry(**item["entry"]), "length": Length(**item["length"])})
+            for item in json.loads(path.read_text())
+        ]
+    except (TypeError, KeyError, ValueError) as error:
+        raise DataError(f"{path}: not of this version ({error}); generate again") from None
     refuse_other_manifests(found, manifest, path)
     return found
 
 
-def refuse_other_manifests(generations: Sequence[Generations], manifest: Manifest, where: Path | str) -> None:
+def refuse_other_manifests(generations: Sequence[Generated], manifest: Manifest, where: Path | str) -> None:
     for item in generations:
         if item.manifest != manifest.hash:
             raise DataError(
@@ -112,45 +129,43 @@ def refuse_other_manifests(generations: Sequence[Generations], manifest: Manifes
             )
 
 
+def cache_of(system: System, settings: Settings, kind: str) -> Cache:
+    """The file of a system's texts. An item's key holds all of the manifest that its text depends on, so that more
+    samples of the same task do not cost the first ones again."""
+    return Cache(settings.cache / "generations", kind, [system.fingerprint(), settings.seed])
+
+
+def item_key(item: Item) -> str:
+    return key_of(item.id, item.prefix, item.target, item.length.policy, str(item.length.tokens))
+
+
 def _written(
-    writer: Writer,
-    entry: SystemEntry,
-    manifest: Manifest,
-    requests: Sequence[Request],
-    kind: str,
-    output: Path,
-    seed: int,
+    system: System, entry: SystemEntry, items: Sequence[Item], settings: Settings, kind: str
 ) -> list[dict[str, Any]]:
     from tqdm import tqdm
 
-    # Unconditional passages depend on the manifest through their length alone, which is in `kind`.
-    key = hash_of([writer.fingerprint, manifest.hash if kind == "continuation" else None, seed])
-    path = output / "cache" / "generations" / f"{key[:24]}-{kind}.jsonl"
-    records = {record["id"]: record for record in read_log(path) if "id" in record}
     # Longest first: what does not fit in memory fails at once, and rows of a batch are of like length.
-    todo = sorted((r for r in requests if r.id not in records), key=lambda r: (-r.target_tokens, -len(r.prefix)))
-    if todo and writer.timed:
-        # A first short text, thrown away: loading and compilation are not time per sample.
-        writer.write([Request(todo[0].id, todo[0].prefix, min(2, todo[0].target_tokens), todo[0].seed)])
-    with tqdm(
-        total=len(requests), initial=len(requests) - len(todo), desc=f"{entry.name} {kind}", disable=None
-    ) as progress:
-        for start in range(0, len(todo), entry.batch_size):
-            batch = todo[start : start + entry.batch_size]
-            began = time.perf_counter()
-            texts = writer.write(batch)
-            seconds = (time.perf_counter() - began) / len(batch)
-            new = [
-                {
-                    "id": r.id,
-                    "text": w.text,
-                    "target_tokens": r.target_tokens,
-                    "seconds": round(seconds, 6),
-                    "ids": w.ids,
-                }
-                for r, w in zip(batch, texts, strict=True)
-            ]
-            append_jsonl(path, new)
-            records.update({record["id"]: record for record in new})
-            progress.update(len(batch))
-    return [records[request.id] for request in requests]
+    order = sorted(range(len(items)), key=lambda i: (-len(items[i].target), -len(items[i].prefix)))
+    warm = not system.timed
+
+    def write(places: list[int]) -> list[dict[str, Any]]:
+        nonlocal warm
+        batch = [items[order[place]] for place in places]
+        if not warm:
+            # A first short text, thrown away: loading and compilation are not time per sample.
+            length = Length("free", 2) if batch[0].length.policy == "free" else Length("fixed", 2)
+            system.generate([Item(batch[0].id, batch[0].prefix, batch[0].target, length)], settings.seed)
+            warm = True
+        began = time.perf_counter()
+        texts = system.generate(batch, settings.seed)
+        seconds = round((time.perf_counter() - began) / len(batch), 6)
+        return [
+            {"id": item.id, "text": w.text, "ids": w.ids, "prefix_cut": w.prefix_cut, "seconds": seconds}
+            for item, w in zip(batch, texts, strict=True)
+        ]
+
+    keys = [item_key(items[place]) for place in order]
+    with tqdm(total=len(items), desc=f"{entry.name}, {kind}", unit="text", disable=None) as progress:
+        records = cache_of(system, settings, kind).complete(keys, write, lot=entry.batch_size, done=progress.update)
+    by_place = dict(zip(order, records, strict=True))
+    return [by_place[place] for place in range(len(items))]

@@ -1,276 +1,281 @@
-"""The report stage: results.json to one HTML file, PNG plots, and the table as Markdown and CSV."""
+"""The report stage: results of one task or several to one HTML file, PNG plots, and the table as Markdown and CSV."""
 
 import base64
 import csv
 import io
-import json
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evaluation.files import atomic_write, read_jsonl, read_log
-from evaluation.manifest import Manifest
-from evaluation.table import COLUMNS, MARKS, table
+from evaluation import plots
+from evaluation.files import atomic_write, read_jsonl
+from evaluation.manifest import Manifest, load_manifest
+from evaluation.scoring import load_results
+from evaluation.table import BY_KEY, COLUMNS, MARKS, cell, footnotes, number
 from megatext.data import DataError
 
 _TEMPLATE = Path(__file__).parent / "report.html.j2"
-_COLORS = ("#2f6fab", "#c8553d", "#4d8b57", "#8a5aa8", "#c08a1e", "#3f8f94", "#a04668", "#6b7280")
+_PUBLISHED = Path(__file__).parent / "published.yaml"
+_PAPER = tuple(column.key for column in COLUMNS if column.family == "paper")
+_MORE = tuple(column.key for column in COLUMNS if column.family != "paper" and column.key != "nll")
+_NO_TEXT = "(nothing)"
 
 
-def load_results(output: Path, manifest: Manifest | None = None) -> dict[str, Any]:
-    """Read output/results.json. Raises DataError if it is missing or of another manifest."""
-    path = output / "results.json" if output.is_dir() else output
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; run `python -m evaluation score` first")
-    results = json.loads(path.read_text())
-    if manifest is not None and results["manifest"]["hash"] != manifest.hash:
-        raise DataError(
-            f"{path}: scored on manifest {results['manifest']['hash'][:12]}, not on {manifest.hash[:12]}; score again"
-        )
-    return results
+@dataclass(frozen=True)
+class TaskResults:
+    """One task's part of a report."""
+
+    name: str
+    manifest: Manifest
+    results: dict[str, Any]
+    samples: dict[str, dict[str, dict[str, Any]]]
+    """System -> sample id -> text and scores."""
 
 
-def write_report(output: Path, manifest: Manifest, runs: Sequence[Path] = (), *, prompts: int = 12) -> Path:
-    """Write report.html, table.md, table.csv and plots/*.png; returns the path of the report."""
+@dataclass(frozen=True)
+class Cell:
+    """What the template needs of one cell."""
+
+    text: str
+    mark: str = ""
+    sort: str = ""
+    """What to sort by; empty for no value."""
+    spread: str = ""
+    title: str = ""
+    """Hover text."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A system's line of a table."""
+
+    name: str
+    role: str
+    """model, sanity or published."""
+    cells: list[Cell]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the report; with several tasks, each has a group of columns."""
+
+    title: str
+    groups: list[tuple[str, int]]
+    """(task, columns)."""
+    headings: list[tuple[str, str]]
+    """(heading, help) of the columns behind the system's name."""
+    rows: list[Row]
+    notes: list[str] = field(default_factory=list)
+
+
+def write_report(output: Path, directories: Sequence[Path], runs: Sequence[Path] = (), *, prompts: int = 12) -> Path:
+    """Write report.html, table.md, table.csv and plots/*.png in `output`; returns the path of the report.
+
+    Raises DataError for a directory without results, with those of another manifest, or two of one task."""
     import jinja2
 
-    results = load_results(output, manifest)
-    headings, rows, footnotes = table(results)
-    drawn = {"quality": quality_plot(results), "reconstruction": reconstruction_plot(runs)}
-    drawn |= {f"loss_{run.name}": loss_plot(run) for run in runs}
-    drawn |= {f"timesteps_{run.name}": timesteps_plot(run) for run in runs}
-    plots = {name: png for name, png in drawn.items() if png is not None}
-    for name, png in plots.items():
+    tasks = [_load(directory) for directory in directories]
+    for task in tasks:
+        if sum(other.name == task.name for other in tasks) > 1:
+            raise DataError(f"two results of the task {task.name}: a report shows one manifest of a task")
+    tables = [_paper_table(tasks), *(_more_table(task) for task in tasks)]
+    drawn = _draw(tasks, runs)
+    for name, png in drawn.items():
         atomic_write(output / "plots" / f"{name}.png", png)
-    atomic_write(output / "table.md", markdown(headings, rows, footnotes))
-    atomic_write(output / "table.csv", _csv(results))
-    texts: dict[str, dict[str, Any]] = {}
-    for record in read_jsonl(output / "samples.jsonl"):
-        texts.setdefault(record["id"], {})[record["system"]] = record
-    shown = [{"prefix": s.prefix, "written": list(texts[s.id].values())} for s in manifest.samples[:prompts]]
+    atomic_write(output / "table.md", "\n".join(markdown(table) for table in tables))
+    atomic_write(output / "table.csv", _csv(tasks))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATE.parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
     html = environment.get_template(_TEMPLATE.name).render(
-        results=results,
-        headings=headings,
-        help=_HELP,
-        rows=[[_cell(text, cells[0], key, system) for text, key in zip(cells, ("", *_KEYS, ""), strict=True)]
-              for cells, system in zip(rows, results["systems"], strict=True)],
-        footnotes=footnotes,
-        plots={name: base64.b64encode(png).decode() for name, png in plots.items()},
-        prompts=shown,
-        roles={s["name"]: _role(s["system"]) for s in results["systems"]},
-        sampling={s["name"]: s["sampling"] for s in results["systems"]},
-    )  # fmt: skip
+        tasks=tasks,
+        tables=tables,
+        plots={name: base64.b64encode(png).decode() for name, png in drawn.items()},
+        chosen={task.name: _first(task, prompts) for task in tasks},
+        extremes={task.name: _extremes(task) for task in tasks},
+        roles={s["name"]: _role(s) for task in tasks for s in task.results["systems"]},
+        published=_published()["source"],
+        no_text=_NO_TEXT,
+    )
     atomic_write(output / "report.html", html)
     return output / "report.html"
 
 
-_KEYS = tuple(key for key, _, _ in COLUMNS)
-_HELP = {
-    "G": "Judge gap: 0 is human text, 1 is the same tokens in random order. Lower is better, at human entropy.",
-    "nll": "Nats a token the judge needs for the continuation given its prefix.",
-    "entropy": "Entropy in nats of the tokens used, at one token budget for all rows. Far below human: few words.",
-    "distinct-2": "Distinct over all pairs of neighbouring tokens, at one token budget for all rows.",
-    "ROUGE-1": "Words shared with the human continuation, F1 in percent.",
-    "ROUGE-2": "Word pairs shared with the human continuation, F1 in percent.",
-    "ROUGE-L": "Longest common subsequence of words, F1 in percent.",
-    "BERTScore": "Token states matched with the human continuation by cosine, F1 in percent, not rescaled.",
-    "MAUVE": "Closeness of the distributions of texts, percent; mean over k-means seeds. Comparable at equal n only.",
-    "s/sample": "Seconds of wall time a continuation, within its batch.",
-}
+def _load(directory: Path) -> TaskResults:
+    manifest = load_manifest(directory)
+    results = load_results(directory, manifest)
+    samples: dict[str, dict[str, dict[str, Any]]] = {}
+    for record in read_jsonl(directory / "samples.jsonl"):
+        samples.setdefault(record["system"], {})[record["id"]] = record
+    return TaskResults(results["manifest"]["name"], manifest, results, samples)
 
 
-def _role(system: str) -> str:
-    """sanity or model: the sanity rows are set in grey."""
-    return "model" if ":" in system else "sanity"
+def _role(system: dict[str, Any]) -> str:
+    return "sanity" if plots.is_sanity(system) else "model"
 
 
-def _cell(text: str, name: str, key: str, system: dict[str, Any]) -> dict[str, str]:
-    """What the template needs of one cell: text, sort key, spread, hover text."""
-    metric = system["metrics"].get(key) or {}
-    value = metric.get("value") if key else None
-    if not key and text != name:
-        value = system["seconds_per_sample"]
-    title = ""
-    spread = ""
+def _paper_table(tasks: Sequence[TaskResults]) -> Table:
+    """TextLDM's Table 1: systems down, the five metrics of every task across; published rows below ours."""
+    shown = {task.name: _with_values(task, _PAPER) for task in tasks}
+    systems: dict[str, dict[str, dict[str, Any]]] = {}
+    for task in tasks:
+        for system in task.results["systems"]:
+            systems.setdefault(system["name"], {})[task.name] = system
+    rows = []
+    for name, by_task in systems.items():
+        cells = [
+            _cell(by_task[task.name], key) if task.name in by_task else Cell("-")
+            for task in tasks
+            for key in shown[task.name]
+        ]
+        rows.append(Row(name, _role(next(iter(by_task.values()))), cells))
+    rows += _published_rows(shown)
+    notes = list(dict.fromkeys(note for task in tasks for note in _notes(task, _PAPER)))
+    if rows[-1].role == "published":
+        notes.append(
+            f"Published: {_published()['source']}. Other documents, lengths and scoring models than ours: "
+            "read them for their size, do not subtract them."
+        )
+    return Table(
+        "Scores",
+        [(task.name, len(shown[task.name])) for task in tasks],
+        [(BY_KEY[key].heading, BY_KEY[key].help) for task in tasks for key in shown[task.name]],
+        rows,
+        notes,
+    )
+
+
+def _more_table(task: TaskResults) -> Table:
+    keys = _with_values(task, _MORE)
+    rows = [Row(s["name"], _role(s), [_cell(s, key) for key in keys]) for s in task.results["systems"]]
+    headings = [(BY_KEY[key].heading, BY_KEY[key].help) for key in keys]
+    title = f"Fluency, diversity and cost: {task.name}"
+    return Table(title, [(task.name, len(keys))], headings, rows, _notes(task, _MORE))
+
+
+def _with_values(task: TaskResults, keys: Iterable[str]) -> list[str]:
+    return [key for key in keys if any(number(system, key) is not None for system in task.results["systems"])]
+
+
+def _notes(task: TaskResults, keys: Iterable[str]) -> list[str]:
+    texts = [cell(system, key) for system in task.results["systems"] for key in keys]
+    return footnotes(task.results, {mark for text in texts for mark in MARKS if text.endswith(mark)})
+
+
+def _published() -> dict[str, Any]:
+    import yaml
+
+    # Numbers stay the text they are: 1.20 was published with two decimals.
+    return yaml.load(_PUBLISHED.read_text(), Loader=yaml.BaseLoader)  # type: ignore[no-any-return]
+
+
+def _published_rows(shown: dict[str, list[str]]) -> list[Row]:
+    """Rows of other people's tables, for the tasks and columns that are shown here."""
+    data = _published()
+    rows = []
+    for name, by_task in data["rows"].items():
+        if not by_task.keys() & shown.keys():
+            continue
+        cells = []
+        for task, keys in shown.items():
+            values = dict(zip(data["metrics"], by_task.get(task, []), strict=False))
+            cells += [Cell(values[key], sort=values[key]) if key in values else Cell("-") for key in keys]
+        rows.append(Row(name, "published", cells))
+    return rows
+
+
+def _cell(system: dict[str, Any], key: str) -> Cell:
+    text, value = cell(system, key), number(system, key)
+    if value is None:
+        return Cell(text)
+    metric, digits = system["metrics"].get(key, {}), BY_KEY[key].digits
+    spread, title = "", ""
     if metric.get("spread") is not None:
-        digits = next(digits for k, _, digits in COLUMNS if k == key)
         spread = f"±{metric['spread']:.{digits}f}"
         title = f"{metric['spread_kind']}, n = {metric['n']}"
         if metric.get("ci95"):
             title += f"; 95 % interval {metric['ci95'][0]:.{digits}f} to {metric['ci95'][1]:.{digits}f}"
+    for name, label in (("seed25", "seed 25"), ("star", "MAUVE*"), ("truncated_share", "share of pairs cut")):
+        if name in metric:
+            title += f"; {label} {metric[name]:.{digits if name != 'truncated_share' else 3}f}"
     bare = text.rstrip(MARKS)
-    return {
-        "text": bare,
-        "mark": text[len(bare) :],
-        "sort": "" if value is None else repr(value),
-        "spread": spread,
-        "title": title,
-    }
+    return Cell(bare, text[len(bare) :], repr(value), spread, title)
 
 
-def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], footnotes: Sequence[str]) -> str:
-    """A pipe table with its footnotes."""
-    lines = [headings, ["---", *["--:"] * (len(headings) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "".join(f"\n{note}\n" for note in footnotes)
+def markdown(table: Table) -> str:
+    """A pipe table with its title and notes; an interval behind each value is left to the CSV."""
+    several = len(table.groups) > 1
+    names = [group for group, count in table.groups for _ in range(count)]
+    heads = [f"{task} {head}" if several else head for task, (head, _) in zip(names, table.headings, strict=True)]
+    lines = [["system", *heads], ["---", *["--:"] * len(heads)]]
+    for row in table.rows:
+        name = f"{row.name} (published)" if row.role == "published" else row.name
+        lines.append([name, *(f"{c.text}{c.mark}{f' {c.spread}' if c.spread else ''}" for c in row.cells)])
+    body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"## {table.title}\n\n{body}" + "".join(f"\n{note}\n" for note in table.notes)
 
 
-def _csv(results: dict[str, Any]) -> str:
-    """Every metric of every system in full precision, a line each."""
+def _csv(tasks: Sequence[TaskResults]) -> str:
+    """Every metric of every system in full precision, a line each; published numbers are marked."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["manifest", "system", "metric", "value", "spread", "spread_kind", "n", "unit"])
-    for system in results["systems"]:
-        for name, metric in system["metrics"].items():
-            fields = [metric[key] for key in ("value", "spread", "spread_kind", "n", "unit")]
-            writer.writerow([results["manifest"]["hash"], system["name"], name, *fields])
+    writer.writerow("task manifest system published metric value spread spread_kind ci95_low ci95_high n unit".split())
+    for task in tasks:
+        for system in task.results["systems"]:
+            for name, metric in system["metrics"].items():
+                fields = [metric["value"], metric["spread"], metric["spread_kind"], *(metric["ci95"] or (None, None))]
+                where = [task.name, task.results["manifest"]["hash"], system["name"], "no", name]
+                writer.writerow([*where, *fields, metric["n"], metric["unit"]])
+    data = _published()
+    for task in tasks:
+        for name, by_task in data["rows"].items():
+            for metric, value in zip(data["metrics"], by_task.get(task.name, []), strict=False):
+                writer.writerow([task.name, "", name, "yes", metric, value, *[None] * 4, 1000, "percent"])
     return file.getvalue()
 
 
-def quality_plot(results: dict[str, Any]) -> bytes | None:
-    """G against unigram entropy: a low G counts only near the human entropy."""
-    points = [
-        (
-            s["name"],
-            _role(s["system"]),
-            s["metrics"]["entropy"]["value"],
-            s["metrics"]["gap"]["value"],
-            s["metrics"]["gap"]["spread"],
-        )
-        for s in results["systems"]
-        if s["metrics"].get("gap")
-        and s["metrics"]["gap"]["value"] is not None
-        and s["metrics"]["entropy"]["value"] is not None
+def _draw(tasks: Sequence[TaskResults], runs: Sequence[Path]) -> dict[str, bytes]:
+    drawn: dict[str, bytes | None] = {}
+    for task in tasks:
+        words = {
+            name: [record["words"] for record in by_id.values() if "words" in record]
+            for name, by_id in task.samples.items()
+        }
+        drawn[f"{task.name}_metrics"] = plots.metrics_plot(task.results)
+        drawn[f"{task.name}_lengths"] = plots.lengths_plot(task.results, {k: v for k, v in words.items() if v})
+        drawn[f"{task.name}_quality"] = plots.quality_plot(task.results)
+    drawn["reconstruction"] = plots.reconstruction_plot(runs)
+    drawn |= {f"loss_{run.name}": plots.loss_plot(run) for run in runs}
+    drawn |= {f"timesteps_{run.name}": plots.timesteps_plot(run) for run in runs}
+    return {name: png for name, png in drawn.items() if png is not None}
+
+
+def _first(task: TaskResults, count: int) -> list[dict[str, Any]]:
+    """The first samples with every system's text."""
+    return [
+        {"prefix": sample.prefix, "written": [by_id[sample.id] for by_id in task.samples.values()]}
+        for sample in task.manifest.samples[:count]
     ]
-    if not points:
-        return None
-    figure, ax = _figure()
-    human = next(p for p in points if p[0] == next(s["name"] for s in results["systems"] if s["system"] == "human"))
-    ax.axhline(0, color="#9aa3ad", lw=0.8, zorder=0)
-    ax.axvspan(human[2] - 0.5, human[2] + 0.5, color="#eef3f8", zorder=-1)
-    colors, shapes = iter(_COLORS * 9), iter("sDv^P" * 9)
-    for name, role, entropy, gap, error in points:
-        look = (
-            {"color": next(colors), "marker": "o", "ms": 7}
-            if role == "model"
-            else {"color": "#7b8794", "marker": next(shapes), "ms": 5}
-        )
-        ax.errorbar(entropy, gap, yerr=error or None, ls="", capsize=2, label=name, **look)
-    # Beside the axes: most systems worth showing crowd near G = 0, where names would lie on each other.
-    ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    ax.set(xlabel="unigram entropy, nats (band: human ± 0.5)", ylabel="judge gap G", title="Quality against variety")
-    ax.set_xlim(
-        min(min(p[2] for p in points), human[2] - 0.5) - 0.15, max(max(p[2] for p in points), human[2] + 0.5) + 0.15
-    )
-    return _png(figure)
 
 
-def loss_plot(run: Path) -> bytes | None:
-    """The total loss in training and validation, from a run's metrics.jsonl; smoothed where it is dense."""
-    series: dict[str, tuple[list[float], list[float]]] = {}
-    for record in read_log(run / "metrics.jsonl"):
-        for key, value in record.items():
-            plain = isinstance(value, int | float) and not isinstance(value, bool)
-            if plain and "step" in record and key.split("/")[-1] == "loss":
-                steps, values = series.setdefault(key, ([], []))
-                steps.append(record["step"])
-                values.append(float(value))
-    if not series:
-        return None
-    figure, ax = _figure()
-    for (key, (steps, values)), color in zip(sorted(series.items()), _COLORS * 9, strict=False):
-        if len(values) > 40:
-            ax.plot(steps, values, color=color, lw=0.8, alpha=0.3)
-            ax.plot(steps, _smooth(values), color=color, lw=1.6, label=key)
-        else:
-            ax.plot(steps, values, color=color, lw=1.2, marker="o", ms=3, label=key)
-    ax.set(title=f"Training of {run.name}", xlabel="step", ylabel="loss")
-    ax.legend(fontsize=8, frameon=False)
-    ax.set_ylim(*_limits([value for _, values in series.values() for value in values]))
-    return _png(figure)
-
-
-def timesteps_plot(run: Path) -> bytes | None:
-    """Validation loss by timestep bin beside what the best constant loses, and, where the recipe knows the likelihood
-    of the noisy latent, what is lost with that and without context."""
-    path = run / "finished.json"
-    figures = json.loads(path.read_text()) if path.exists() else {}
-    bins = sorted(int(key.removeprefix("constant_t")) for key in figures if key.startswith("constant_t"))
-    if not bins:
-        return None
-    figure, ax = _figure()
-    centres = [(i + 0.5) / 10 for i in bins]
-    weights = "validation_ema" if f"validation_ema/loss_t{bins[0]}" in figures else "validation"
-    losses = [figures[f"{weights}/loss_t{i}"] for i in bins]
-    ax.plot(centres, [figures[f"constant_t{i}"] for i in bins], color="#9aa3ad", ls="--", label="best constant")
-    if f"no_context_t{bins[0]}" in figures:
-        without = [figures[f"no_context_t{i}"] for i in bins]
-        ax.plot(centres, without, color="#9aa3ad", ls=":", label="own latent, no context")
-    ax.plot(centres, losses, color=_COLORS[0], marker="o", ms=4, label=f"{run.name}, {weights}")
-    ax.set(xlabel="timestep (1 is noise)", ylabel="loss", title="Loss by timestep", xlim=(0, 1), ylim=(0, None))
-    ax.legend(fontsize=8, frameon=False)
-    return _png(figure)
-
-
-def reconstruction_plot(runs: Sequence[Path]) -> bytes | None:
-    """Token accuracy of autoencoders against noise: `accuracy_at_S` in each run's finished.json."""
-    curves = {}
-    for run in runs:
-        path = run / "finished.json"
-        figures = json.loads(path.read_text()) if path.exists() else {}
-        points = {float(k.removeprefix("accuracy_at_")): v for k, v in figures.items() if k.startswith("accuracy_at_")}
-        if points:
-            curves[run.name] = points
-    if not curves:
-        return None
-    figure, ax = _figure()
-    for (name, points), color in zip(curves.items(), _COLORS * 9, strict=False):
-        ax.plot(list(points), [100 * a for a in points.values()], marker="o", ms=4, color=color, label=name)
-    ax.axhline(90, color="#9aa3ad", lw=0.8, ls=":")
-    ax.set(
-        xlabel="share of noise in the latents", ylabel="tokens reconstructed, %", title="Reconstruction", ylim=(0, 102)
-    )
-    ax.legend(fontsize=8, frameon=False)
-    return _png(figure)
-
-
-def _figure() -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, ax = pyplot.subplots(figsize=(5.6, 3.6), layout="constrained")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(color="#e6e9ed", lw=0.6)
-    ax.set_axisbelow(True)
-    return figure, ax
-
-
-def _png(figure: Any) -> bytes:
-    from matplotlib import pyplot
-
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=144)
-    pyplot.close(figure)
-    return file.getvalue()
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
-    """Exponential average over about a hundredth of the run, without a bias to the start."""
-    keep = 1 - 1 / max(2.0, len(values) / 100)
-    average, weight, smoothed = 0.0, 0.0, []
-    for value in values:
-        average, weight = keep * average + (1 - keep) * value, keep * weight + 1 - keep
-        smoothed.append(average / weight)
-    return smoothed
-
-
-def _limits(values: Sequence[float]) -> tuple[float, float]:
-    """Axis limits that leave out the spike of the first steps."""
-    ordered = sorted(values)
-    low, high = ordered[0], ordered[int(0.98 * (len(ordered) - 1))]
-    margin = 0.05 * (high - low) or 0.1
-    return low - margin, high + margin
+def _extremes(task: TaskResults, count: int = 2) -> list[dict[str, Any]]:
+    """The best and the worst texts of every model by ROUGE-L, or, where that was not scored, by nll."""
+    prefixes = {sample.id: sample for sample in task.manifest.samples}
+    found = []
+    for system in task.results["systems"]:
+        records = list(task.samples[system["name"]].values())
+        key, sign = ("rougeL", -1) if records and "rougeL" in records[0] else ("nll", 1)
+        scored = [r for r in records if isinstance(r.get(key), int | float) and math.isfinite(r[key])]
+        if _role(system) == "sanity" or len(scored) < 2 * count:
+            continue
+        order = sorted(scored, key=lambda record: sign * record[key])
+        for label, chosen in (("best", order[:count]), ("worst", order[: -count - 1 : -1])):
+            for record in chosen:
+                sample = prefixes[record["id"]]
+                found.append({
+                    "system": system["name"], "label": label, "metric": BY_KEY[key].heading, "value": record[key],
+                    "prefix": sample.prefix, "target": sample.target, "text": record["text"],
+                })  # fmt: skip
+    return found

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,7 @@ def spread(draws: np.ndarray) -> tuple[float, tuple[float, float]]:
 
 
 def jackknife_error(
-    items: Sequence[Sequence[int]], statistic: Callable[[list[Sequence[int]]], float], groups: int = 20
+    items: Sequence[Sequence[Any]], statistic: Callable[[list[Sequence[Any]]], float], groups: int = 20
 ) -> float:
     """Standard error of a statistic of pooled tokens by leaving out one of `groups` interleaved groups at a time.
 

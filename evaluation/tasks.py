@@ -1,12 +1,13 @@
 """Tasks: which documents are continued, where they are cut, and how their texts are read."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from evaluation.files import read_jsonl
+from evaluation.hub import offline_hint
 from megatext.config import ConfigError, from_dict
 from megatext.data import DataError
 from megatext.data.shards import TOKENIZER_FOLDER, read_manifest
@@ -22,7 +23,10 @@ class TaskConfig:
     name: str
     """Enters the hashes that choose documents and cuts: another name draws other documents."""
     source: str
-    """`shards:DIR:SPLIT`, a path to .jsonl, .jsonl.gz or .txt, or `hf:NAME[:CONFIG]:SPLIT`."""
+    """`hf:NAME[@REVISION][:CONFIG]:SPLIT`, `shards:DIR:SPLIT`, or a path: .jsonl[.gz|.zst], .parquet, text."""
+    text_unit: Literal["separator", "blank_line", "line"] = "separator"
+    """What ends a document in a text file: `<|endoftext|>` (without one the file is one document), a blank line, or
+    the end of a line."""
     n: int = 1000
     """Number of samples; fewer eligible documents are an error."""
     seed: int = 0
@@ -33,8 +37,9 @@ class TaskConfig:
     """Documents are cut to this many reference tokens."""
     split_fraction: tuple[float, float] = (0.4, 0.6)
     """The prefix takes a share of the tokens drawn uniformly from this range."""
-    reference_tokenizer: str | None = None
-    """Decides cut and split, once for all systems. None: the shards' own, or whitespace words for plain text."""
+    reference_tokenizer: str | None = "Qwen/Qwen3-1.7B"
+    """Decides cut and split, once for all systems: a directory or a name on the hub. null: the shards' own, or words
+    between white space for plain text."""
 
     def __post_init__(self) -> None:
         low, high = self.split_fraction
@@ -42,10 +47,15 @@ class TaskConfig:
             raise ConfigError(f"task {self.name}: split_fraction must satisfy 0 < low <= high < 1, got [{low}, {high}]")
         if self.n < 1 or not 2 <= self.min_tokens <= self.max_tokens:
             raise ConfigError(f"task {self.name}: needs n >= 1 and 2 <= min_tokens <= max_tokens")
+        if not re.fullmatch(r"[\w.-]+", self.name):
+            raise ConfigError(f"task {self.name!r}: the name becomes a folder; write it with letters, digits, . - _")
 
 
-def load_task(name_or_file: str, *, source: str | None = None, limit: int | None = None) -> TaskConfig:
-    """A task from a YAML file or from `evaluation/tasks/NAME.yaml`, with another source or a smaller n if given."""
+def load_task(
+    name_or_file: str, *, source: str | None = None, tokenizer: str | None = None, limit: int | None = None
+) -> TaskConfig:
+    """A task from a YAML file or from `evaluation/tasks/NAME.yaml`, with another source, reference tokenizer or smaller
+    n if given."""
     import yaml
 
     shipped = sorted(path.stem for path in TASKS.glob("*.yaml"))
@@ -55,53 +65,93 @@ def load_task(name_or_file: str, *, source: str | None = None, limit: int | None
     data = yaml.safe_load(path.read_text())
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a task is a mapping of keys to values")
-    task = from_dict(TaskConfig, data if source is None else {**data, "source": source}, where=str(path))
+    given = {"source": source, "reference_tokenizer": tokenizer}
+    task = from_dict(TaskConfig, {**data, **{k: v for k, v in given.items() if v is not None}}, where=str(path))
     return task if limit is None else replace(task, n=min(task.n, limit))
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Documents a task may choose from, read one at a time."""
+    """Documents a task may choose from. Their texts are read only when asked for: a pool may be larger than memory."""
 
     ids: list[str]
-    """Stable names: a shard's keys, the hash of a text, or the id a data set gives."""
-    read: Callable[[int], str | list[int]]
-    """Document i as text, or as token ids of `tokenizer` without end of document."""
-    tokenizer: Any = None
-    """Tokenizer of the ids `read` gives (megatext.tokenizer.Tokenizer), None where it gives text."""
-    lengths: list[int] | None = None
-    """Upper bounds of the token counts where they are known without reading; spares reading short documents."""
+    """Stable names: a shard's keys, the `id` a data set gives, or the hash of a text."""
+    read: Callable[[Sequence[int]], list[str]]
+    """The texts of some documents, by their places in `ids`."""
+    tokenizer: Path | None = None
+    """The tokenizer the documents were stored with, if any."""
 
 
-def open_pool(source: str) -> Pool:
-    """The documents of a source. Raises DataError for a missing or empty one."""
-    kind, _, rest = source.partition(":")
+def open_pool(task: TaskConfig) -> Pool:
+    """The documents of a task's source. Raises DataError for a missing, damaged or empty one."""
+    kind, _, rest = task.source.partition(":")
     if kind == "shards":
         directory, _, split = rest.rpartition(":")
         pool = _shards(Path(directory or rest), split if directory else "test")
     elif kind == "hf":
         pool = _hugging_face(rest)
     else:
-        texts = {hashlib.sha256(text.encode()).hexdigest()[:20]: text for text in _texts(Path(source))}
-        values = list(texts.values())
-        pool = Pool(list(texts), values.__getitem__)
+        pool = _files(Path(task.source), task.text_unit)
     if not pool.ids:
-        raise DataError(f"{source}: holds no documents")
+        raise DataError(f"{task.source}: holds no documents")
     return pool
 
 
-def _texts(path: Path) -> Iterator[str]:
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        for record in read_jsonl(path):
-            if not isinstance(record.get("text"), str):
-                raise DataError(f"{path}: a line has no `text`; its keys are {sorted(record)}")
-            yield record["text"]
-    elif path.is_file():
+def _files(path: Path, unit: str) -> Pool:
+    """A file or a folder, read once for the ids and once more for each lot of texts."""
+    places: dict[str, int] = {}
+    for place, (identity, _) in enumerate(_documents(path, unit)):
+        places.setdefault(identity, place)
+    order = list(places.values())
+
+    def read(indices: Sequence[int]) -> list[str]:
+        wanted = {order[index]: rank for rank, index in enumerate(indices)}
+        texts = [""] * len(indices)
+        for place, (_, text) in enumerate(_documents(path, unit)):
+            if place in wanted:
+                texts[wanted[place]] = text
+        return texts
+
+    return Pool(list(places), read)
+
+
+def _documents(path: Path, unit: str) -> Iterator[tuple[str, str]]:
+    """(id, text) of each document of a file or folder."""
+    from data_tools import sources
+
+    if path.is_file() and not path.name.endswith(sources.SUFFIXES):
+        # One Billion Word's files have no ending, or one of their own.
+        yield from ((_text_id(text), text) for text in _parts(path, unit))
+        return
+    if not path.exists():
+        raise DataError(f"{path}: no such file; a source is hf:NAME[:CONFIG]:SPLIT, shards:DIR:SPLIT, or a path")
+    for name in sources.expand([str(path)]):
+        if name.endswith(".txt"):
+            yield from ((_text_id(text), text) for text in _parts(Path(name), unit))
+            continue
+        for chunk in sources.read([name]):
+            documents, problems = sources.decode(chunk)
+            for problem in problems:
+                if problem.cause != "empty":
+                    raise DataError(f"{problem.message}; mend or remove it")
+            for document in documents:
+                given = document.meta.get("id")
+                yield (_text_id(document.text) if given is None else str(given)), document.text
+
+
+def _parts(path: Path, unit: str) -> Iterator[str]:
+    from data_tools.sources import SEPARATOR
+
+    ends = {"separator": SEPARATOR, "blank_line": "\n\n", "line": "\n"}
+    try:
         text = path.read_text(encoding="utf-8")
-        # A file without blank lines holds a document a line (One Billion Word); else blank lines part documents.
-        yield from (part for part in text.split("\n\n" if "\n\n" in text.strip() else "\n") if part.strip())
-    else:
-        raise DataError(f"{path}: no such file; a source is shards:DIR:SPLIT, hf:NAME[:CONFIG]:SPLIT, or a path")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}") from None
+    yield from (part.strip() for part in text.split(ends[unit]) if part.strip())
+
+
+def _text_id(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def _shards(directory: Path, split: str) -> Pool:
@@ -113,14 +163,13 @@ def _shards(directory: Path, split: str) -> Pool:
     tokenizer = load_tokenizer(directory / TOKENIZER_FOLDER)
     shards = [TarIndex(directory / shard["file"]) for shard in entry["shards"]]
     places = [(shard, document) for shard in shards for document in range(len(shard))]
-    lengths = [int(shard.lengths[document]) for shard, document in places]
 
-    def read(index: int) -> list[int]:
+    def text(index: int) -> str:
         shard, document = places[index]
-        tokens: list[int] = shard.array(document, 0, lengths[index]).tolist()
-        return tokens[:-1] if tokens and tokens[-1] == tokenizer.eos_id else tokens
+        return tokenizer.decode(shard.array(document, 0, int(shard.lengths[document])).tolist())
 
-    return Pool([shard.keys[document] for shard, document in places], read, tokenizer, lengths)
+    ids = [shard.keys[document] for shard, document in places]
+    return Pool(ids, lambda indices: [text(index) for index in indices], directory / TOKENIZER_FOLDER)
 
 
 def _hugging_face(rest: str) -> Pool:
@@ -128,9 +177,21 @@ def _hugging_face(rest: str) -> Pool:
 
     parts = rest.split(":")
     if len(parts) not in (2, 3):
-        raise ConfigError(f"hf:{rest}: write hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
-    data = datasets.load_dataset(*parts[:-1], split=parts[-1])
+        raise ConfigError(f"hf:{rest}: write hf:NAME[@REVISION]:SPLIT or hf:NAME[@REVISION]:CONFIG:SPLIT")
+    name, _, revision = parts[0].partition("@")
+    try:
+        if Path(name, "dataset_dict.json").is_file():
+            data: Any = datasets.load_from_disk(name)[parts[-1]]
+        else:
+            data = datasets.load_dataset(name, *parts[1:-1], split=parts[-1], revision=revision or None)
+    except (ValueError, KeyError, OSError) as error:
+        hint = offline_hint("--source PATH (a copy of the data set: a file, a folder, hf:FOLDER:SPLIT)")
+        raise DataError(f"hf:{rest}: cannot be loaded ({' '.join(str(error).split())[:300]}){hint}") from error
     if "text" not in data.column_names:
         raise DataError(f"hf:{rest}: has no column `text`; its columns are {data.column_names}")
-    ids = [str(value) for value in data["id"]] if "id" in data.column_names else [str(i) for i in range(len(data))]
-    return Pool(ids, lambda index: data[index]["text"])
+    column = data["id"] if "id" in data.column_names else map(_text_id, data["text"])
+    places: dict[str, int] = {}
+    for place, identity in enumerate(column):
+        places.setdefault(str(identity), place)
+    order = list(places.values())
+    return Pool(list(places), lambda indices: [data[order[index]]["text"].strip() for index in indices])

@@ -47,7 +47,7 @@ def main() -> None:
         except StageError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(error.status)
-        from evaluation.report import load_results
+        from evaluation.scoring import load_results
         from evaluation.table import console_table
 
         print(f"\n{console_table(load_results(quickstart.results))}\n")

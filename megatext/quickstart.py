@@ -147,7 +147,8 @@ class Quickstart:
     def _evaluation(self, dit: str, runs: list[str]) -> None:
         task = self.configs / "evaluation.yaml"
         systems = self.configs / ("systems.yaml" if self.recipe == "default" else f"systems_{self.recipe}.yaml")
-        judge, output = f"--judge {self._model('lm')}", f"--output {self.results}"
+        lm, output = self._model("lm"), f"--output {self.results}"
+        judge, readers = f"--judge {lm}", f"--featuriser {lm} --bertscore-model {lm}"
         self._add(
             self._of_recipe("manifest"),
             f"python -m evaluation manifest --task {task} {output}",
@@ -165,7 +166,7 @@ class Quickstart:
         )
         self._add(
             self._of_recipe("score"),
-            f"python -m evaluation score {judge} {output}",
+            f"python -m evaluation score {judge} {readers} {output}",
             writes=[self.results / "results.json"],
             needs=[self._of_recipe("generate")],
             continues=True,

@@ -34,6 +34,14 @@ class Tokenizer(ABC):
         return self.encode_batch([text])[0]
 
     @abstractmethod
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids of a text, and for each id how many characters of the text it and those before it cover whole.
+
+        These are the places where a text may be cut by tokens: a character of several tokens belongs to its last one,
+        and what no token covers at the end of the text to the last token. Raises ValueError for a tokenizer that does
+        not tell offsets."""
+
+    @abstractmethod
     def decode(self, ids: list[int]) -> str:
         """Text of ids; special tokens give nothing, broken UTF-8 gives U+FFFD."""
 
@@ -74,6 +82,22 @@ class SentencePieceTokenizer(Tokenizer):
         for part in re.split("([\u2581\0])", text):
             ids += [self._bytes[b] for b in part.encode()] if part in ("\u2581", "\0") else self._processor.encode(part)
         return ids
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        start = 0
+        for part in re.split("([\u2581\0])", text):
+            if part in ("\u2581", "\0"):
+                own = [self._bytes[b] for b in part.encode()]
+                places = [(0, 0)] * (len(own) - 1) + [(0, 1)]
+            else:
+                found = self._processor.encode(part, return_type="offset_mapping")
+                own, places = found["ids"], found["offsets"]
+            ids += own
+            offsets += [(start + first, start + last) for first, last in places]
+            start += len(part)
+        return ids, _ends(offsets, len(text))
 
     def decode(self, ids: list[int]) -> str:
         return self._processor.decode([i for i in map(int, ids) if i not in self._special])
@@ -118,6 +142,12 @@ class HuggingFaceTokenizer(Tokenizer):
         )["input_ids"]
         return encoded
 
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        if self._backend is None:
+            raise ValueError(f"{self._tokenizer.name_or_path}: tells no offsets; take a tokenizer with tokenizer.json")
+        found = self._backend.encode(text, add_special_tokens=False)
+        return found.ids, _ends(found.offsets, len(text))
+
     def decode(self, ids: list[int]) -> str:
         kept = [i for i in map(int, ids) if i != self.eos_id]
         text: str = self._tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -132,6 +162,13 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def save(self, directory: str | Path) -> None:
         self._tokenizer.save_pretrained(str(directory))
+
+
+def _ends(offsets: list[tuple[int, int]], length: int) -> list[int]:
+    """Where each token's last whole character ends: bytes of one character all carry that character's offsets."""
+    starts = [first for first, _ in offsets[1:]]
+    ends = [min(last, following) for (_, last), following in zip(offsets, starts, strict=False)]
+    return [*ends, length] if offsets else []
 
 
 def load_tokenizer(path_or_name: str | Path) -> Tokenizer:

@@ -1,4 +1,5 @@
-"""The judge: nats a causal language model needs for a continuation given its prefix, and the gap G made of them."""
+"""The judge: nats a causal language model needs for a continuation given its prefix: generative perplexity, and the
+gap G."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

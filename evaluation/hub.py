@@ -1,0 +1,39 @@
+"""Models named by a directory or by a name on the Hugging Face hub, and what to say where the hub cannot be reached."""
+
+import os
+from pathlib import Path
+
+from megatext.config import ConfigError
+
+_WEIGHTS = ["*.safetensors", "*.json", "*.txt", "*.model"]
+
+
+def offline_hint(option: str) -> str:
+    """What to do where something is not on this machine: which option takes a local copy."""
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    forbids = "; HF_HUB_OFFLINE forbids fetching it" if offline else ""
+    return f"{forbids}; without a network give {option}"
+
+
+def model_directory(name_or_directory: str, option: str) -> Path:
+    """The directory of a model: the one given, or the hub's snapshot of that name, fetched once into the hub's cache.
+
+    Raises ConfigError naming `option` where it is neither here nor to be had."""
+    path = Path(name_or_directory)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"{option} {path}: not a Hugging Face model directory (no config.json)")
+        return path
+    if path.is_absolute() or name_or_directory.startswith(".") or name_or_directory.count("/") > 1:
+        raise ConfigError(f"{option} {path}: no such model directory")
+    from huggingface_hub import snapshot_download
+
+    try:
+        fetched = Path(snapshot_download(name_or_directory, allow_patterns=_WEIGHTS))
+        if not any(fetched.glob("*.safetensors")):
+            fetched = Path(snapshot_download(name_or_directory, allow_patterns=[*_WEIGHTS, "*.bin"]))
+    except (OSError, ValueError) as error:  # the hub's errors are among these
+        reason = " ".join(str(error).split())[:200]
+        hint = offline_hint(f"{option} DIR, a local copy of the model")
+        raise ConfigError(f"{option} {name_or_directory}: no such directory, nor on the hub ({reason}){hint}") from None
+    return fetched

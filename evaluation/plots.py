@@ -1,0 +1,242 @@
+"""Plots of a report as PNG: metrics with their intervals, lengths, quality against variety, and training runs."""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evaluation.files import read_log
+from evaluation.table import BY_KEY, number
+
+_COLORS = ("#2f6fab", "#c8553d", "#4d8b57", "#8a5aa8", "#c08a1e", "#3f8f94", "#a04668", "#6b7280")
+_GREY = "#7b8794"
+_BARS = (
+    "rouge1", "rouge2", "rougeL", "bertscore", "mauve", "generative_perplexity", "entropy", "repetition4", "self_bleu",
+)  # fmt: skip
+
+
+def is_sanity(system: dict[str, Any]) -> bool:
+    """Whether a row is one of the sanity rows, which are set in grey."""
+    return ":" not in system["system"]
+
+
+def metrics_plot(results: dict[str, Any]) -> bytes | None:
+    """A panel a metric: a bar a system, with its 95 % interval or, where there is none, twice its error."""
+    systems = results["systems"]
+    keys = [key for key in _BARS if any(number(system, key) is not None for system in systems)]
+    if not keys:
+        return None
+    columns = min(3, len(keys))
+    figure, grid = _figure(-(-len(keys) // columns), columns, width=11, height=0.24 * len(systems) + 0.9)
+    for ax, key in zip(grid.flat, keys, strict=False):
+        _bars(ax, systems, key)
+    for ax in grid.flat[len(keys) :]:
+        ax.set_visible(False)
+    for ax in grid[:, 1:].flat:
+        ax.set_yticklabels([])
+    return _png(figure)
+
+
+def _bars(ax: Any, systems: Sequence[dict[str, Any]], key: str) -> None:
+    places = np.arange(len(systems))[::-1]
+    shown = [(place, system, number(system, key)) for place, system in zip(places, systems, strict=True)]
+    # Beside the human's own 100 and the perplexity of shuffled words all others would lie flat.
+    extreme = ("human", "shuffled")
+    values = [value for _, s, value in shown if value is not None and s["system"] not in extreme]
+    limit = 1.12 * max(values or [value for _, _, value in shown if value is not None]) or 1.0
+    for place, system, value in shown:
+        if value is None:
+            continue
+        found = system["metrics"].get(key, {})
+        ax.barh(place, min(value, limit), color="#b8c2cc" if is_sanity(system) else _COLORS[0], height=0.7)
+        interval = found.get("ci95") or (
+            (value - 2 * found["spread"], value + 2 * found["spread"]) if found.get("spread") else None
+        )
+        if interval and value < limit:
+            ax.plot(interval, (place, place), color="#1f2933", lw=1.2)
+        elif value >= limit:
+            ax.text(limit * 0.98, place, f"{value:.4g} ▸", ha="right", va="center", fontsize=7)
+    ax.set_yticks(places, [system["name"] for system in systems], fontsize=8)
+    ax.tick_params(axis="x", labelsize=7)
+    ax.set_xlim(0, limit)
+    ax.set_title(BY_KEY[key].heading, fontsize=9)
+    ax.grid(axis="y", visible=False)
+
+
+def lengths_plot(results: dict[str, Any], words: dict[str, list[int]]) -> bytes | None:
+    """Histograms of words a continuation, each over the human one; `words` by system."""
+    human = next(system["name"] for system in results["systems"] if system["system"] == "human")
+    names = [system["name"] for system in results["systems"] if system["name"] in words and system["name"] != human]
+    if not names or human not in words:
+        return None
+    columns = min(4, len(names))
+    figure, grid = _figure(-(-len(names) // columns), columns, width=11, height=1.7)
+    most = max(1, float(np.percentile([length for row in words.values() for length in row], 99.5)))
+    bins = np.linspace(0, most, min(30, int(most) + 2))
+    for ax, name in zip(grid.flat, names, strict=False):
+        ax.hist(np.minimum(words[human], most), bins, color="#dfe4ea", label=human)
+        ax.hist(np.minimum(words[name], most), bins, histtype="step", color=_COLORS[0], lw=1.3, label=name)
+        ax.set_title(name, fontsize=8)
+        ax.tick_params(labelsize=7)
+        ax.set_yticks([])
+    for ax in grid.flat[len(names) :]:
+        ax.set_visible(False)
+    figure.supxlabel(f"words a continuation (filled: {human})", fontsize=8)
+    return _png(figure)
+
+
+def quality_plot(results: dict[str, Any]) -> bytes | None:
+    """G against unigram entropy: a low G counts only near the human entropy."""
+    points = [
+        (
+            s["name"],
+            "sanity" if is_sanity(s) else "model",
+            s["metrics"]["entropy"]["value"],
+            s["metrics"]["gap"]["value"],
+            s["metrics"]["gap"]["spread"],
+        )
+        for s in results["systems"]
+        if s["metrics"].get("gap")
+        and s["metrics"]["gap"]["value"] is not None
+        and s["metrics"]["entropy"]["value"] is not None
+    ]
+    if not points:
+        return None
+    figure, ax = _axes()
+    human = next(p for p in points if p[0] == next(s["name"] for s in results["systems"] if s["system"] == "human"))
+    ax.axhline(0, color="#9aa3ad", lw=0.8, zorder=0)
+    ax.axvspan(human[2] - 0.5, human[2] + 0.5, color="#eef3f8", zorder=-1)
+    colors, shapes = iter(_COLORS * 9), iter("sDv^P" * 9)
+    for name, role, entropy, gap, error in points:
+        look = (
+            {"color": next(colors), "marker": "o", "ms": 7}
+            if role == "model"
+            else {"color": _GREY, "marker": next(shapes), "ms": 5}
+        )
+        ax.errorbar(entropy, gap, yerr=error or None, ls="", capsize=2, label=name, **look)
+    # Beside the axes: most systems worth showing crowd near G = 0, where names would lie on each other.
+    ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.set(xlabel="unigram entropy, nats (band: human ± 0.5)", ylabel="judge gap G", title="Quality against variety")
+    ax.set_xlim(
+        min(min(p[2] for p in points), human[2] - 0.5) - 0.15, max(max(p[2] for p in points), human[2] + 0.5) + 0.15
+    )
+    return _png(figure)
+
+
+def loss_plot(run: Path) -> bytes | None:
+    """The total loss in training and validation, from a run's metrics.jsonl; smoothed where it is dense."""
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for record in read_log(run / "metrics.jsonl"):
+        for key, value in record.items():
+            plain = isinstance(value, int | float) and not isinstance(value, bool)
+            if plain and "step" in record and key.split("/")[-1] == "loss":
+                steps, values = series.setdefault(key, ([], []))
+                steps.append(record["step"])
+                values.append(float(value))
+    if not series:
+        return None
+    figure, ax = _axes()
+    for (key, (steps, values)), color in zip(sorted(series.items()), _COLORS * 9, strict=False):
+        if len(values) > 40:
+            ax.plot(steps, values, color=color, lw=0.8, alpha=0.3)
+            ax.plot(steps, _smooth(values), color=color, lw=1.6, label=key)
+        else:
+            ax.plot(steps, values, color=color, lw=1.2, marker="o", ms=3, label=key)
+    ax.set(title=f"Training of {run.name}", xlabel="step", ylabel="loss")
+    ax.legend(fontsize=8, frameon=False)
+    ax.set_ylim(*_limits([value for _, values in series.values() for value in values]))
+    return _png(figure)
+
+
+def timesteps_plot(run: Path) -> bytes | None:
+    """Validation loss by timestep bin beside what the best constant loses, and, where the recipe knows the likelihood
+    of the noisy latent, what is lost with that and without context."""
+    path = run / "finished.json"
+    figures = json.loads(path.read_text()) if path.exists() else {}
+    bins = sorted(int(key.removeprefix("constant_t")) for key in figures if key.startswith("constant_t"))
+    if not bins:
+        return None
+    figure, ax = _axes()
+    centres = [(i + 0.5) / 10 for i in bins]
+    weights = "validation_ema" if f"validation_ema/loss_t{bins[0]}" in figures else "validation"
+    losses = [figures[f"{weights}/loss_t{i}"] for i in bins]
+    ax.plot(centres, [figures[f"constant_t{i}"] for i in bins], color="#9aa3ad", ls="--", label="best constant")
+    if f"no_context_t{bins[0]}" in figures:
+        without = [figures[f"no_context_t{i}"] for i in bins]
+        ax.plot(centres, without, color="#9aa3ad", ls=":", label="own latent, no context")
+    ax.plot(centres, losses, color=_COLORS[0], marker="o", ms=4, label=f"{run.name}, {weights}")
+    ax.set(xlabel="timestep (1 is noise)", ylabel="loss", title="Loss by timestep", xlim=(0, 1), ylim=(0, None))
+    ax.legend(fontsize=8, frameon=False)
+    return _png(figure)
+
+
+def reconstruction_plot(runs: Sequence[Path]) -> bytes | None:
+    """Token accuracy of autoencoders against noise: `accuracy_at_S` in each run's finished.json."""
+    curves = {}
+    for run in runs:
+        path = run / "finished.json"
+        figures = json.loads(path.read_text()) if path.exists() else {}
+        points = {float(k.removeprefix("accuracy_at_")): v for k, v in figures.items() if k.startswith("accuracy_at_")}
+        if points:
+            curves[run.name] = points
+    if not curves:
+        return None
+    figure, ax = _axes()
+    for (name, points), color in zip(curves.items(), _COLORS * 9, strict=False):
+        ax.plot(list(points), [100 * a for a in points.values()], marker="o", ms=4, color=color, label=name)
+    ax.axhline(90, color="#9aa3ad", lw=0.8, ls=":")
+    ax.set(
+        xlabel="share of noise in the latents", ylabel="tokens reconstructed, %", title="Reconstruction", ylim=(0, 102)
+    )
+    ax.legend(fontsize=8, frameon=False)
+    return _png(figure)
+
+
+def _axes() -> tuple[Any, Any]:
+    figure, grid = _figure(1, 1, width=5.6, height=3.6)
+    return figure, grid[0, 0]
+
+
+def _figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Any, Any]:
+    """A figure `width` inches wide and its axes [rows, columns], each `height` inches high."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, grid = pyplot.subplots(rows, columns, figsize=(width, rows * height), layout="constrained", squeeze=False)
+    for ax in grid.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(color="#e6e9ed", lw=0.6)
+        ax.set_axisbelow(True)
+    return figure, grid
+
+
+def _png(figure: Any) -> bytes:
+    from matplotlib import pyplot
+
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=144)
+    pyplot.close(figure)
+    return file.getvalue()
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Exponential average over about a hundredth of the run, without a bias to the start."""
+    keep = 1 - 1 / max(2.0, len(values) / 100)
+    average, weight, smoothed = 0.0, 0.0, []
+    for value in values:
+        average, weight = keep * average + (1 - keep) * value, keep * weight + 1 - keep
+        smoothed.append(average / weight)
+    return smoothed
+
+
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+    """Axis limits that leave out the spike of the first steps."""
+    ordered = sorted(values)
+    low, high = ordered[0], ordered[int(0.98 * (len(ordered) - 1))]
+    margin = 0.05 * (high - low) or 0.1
+    return low - margin, high + margin

@@ -1,0 +1,431 @@
+"""The families of metrics, a function each: what they measure of every system, and what they were measured with."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from evaluation import statistics
+from evaluation.cache import Cache, key_of, packed
+from evaluation.files import hash_of, hash_of_code
+from evaluation.generation import Generated
+from evaluation.manifest import Manifest, Sample
+from evaluation.scoring import Models, ScoreConfig
+from megatext.config import ConfigError
+from megatext.data import DataError
+
+_METRICS = Path(__file__).parent / "metrics"
+_LOT = 64
+"""Texts or pairs that a model reads between two writes to the cache: what a kill loses."""
+
+
+class Metric(dict[str, Any]):
+    """value, spread (a standard error or an SD over seeds), spread_kind, ci95, n, unit, higher_is_better."""
+
+
+def metric(
+    value: float,
+    unit: str,
+    n: int,
+    better: str | None,
+    spread: float = math.nan,
+    kind: str | None = None,
+    ci95: Any = None,
+    **more: Any,
+) -> Metric:
+    """A number with what is known of it; None stands for what is not a number."""
+    finite = math.isfinite(spread)
+    return Metric(
+        value=value if math.isfinite(value) else None,
+        spread=spread if finite else None,
+        spread_kind=kind if finite else None,
+        ci95=list(ci95) if finite and ci95 is not None else None,
+        n=n,
+        unit=unit,
+        higher_is_better=None if better is None else better == "higher",
+        **more,
+    )
+
+
+@dataclass
+class Scoring:
+    """What all families share: the texts, the models, and the table as it grows."""
+
+    manifest: Manifest
+    generations: Sequence[Generated]
+    config: ScoreConfig
+    models: Models
+    cache: Path
+    rows: list[dict[str, Metric]] = field(default_factory=list)
+    """Metrics of each system, by name."""
+    per_sample: list[dict[str, list[Any]]] = field(default_factory=list)
+    """Scores of each system's samples, by name."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences below the table."""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """What each family was measured with."""
+    unconditional: list[dict[str, Any]] = field(default_factory=list)
+    """Passages without a prefix, with their metrics."""
+
+    def __post_init__(self) -> None:
+        self.rows = [{} for _ in self.generations]
+        self.per_sample = [{} for _ in self.generations]
+        self.n = len(self.manifest.samples)
+        self.bootstrap = statistics.Bootstrap(self.n, draws=self.config.bootstrap_draws, seed=self.config.seed)
+        self.human = self.row_of("human")
+        if self.human is None:
+            raise ConfigError("the row `human` is missing; run `generate` again, which adds it")
+
+    def row_of(self, system: str) -> int | None:
+        """The place of a sanity row."""
+        return next((i for i, item in enumerate(self.generations) if item.entry.system == system), None)
+
+    def add(self, i: int, name: str, values: Sequence[float], unit: str, better: str | None, **more: Any) -> None:
+        """A mean over samples with its bootstrap error, and the samples' own scores."""
+        se, ci = statistics.spread(self.bootstrap.mean(values))
+        mean = float(np.mean(values))
+        self.rows[i][name] = metric(mean, unit, self.n, better, se, "bootstrap standard error", ci, **more)
+        self.per_sample[i][name] = list(values)
+
+    @cached_property
+    def targets(self) -> list[str]:
+        return [sample.target for sample in self.manifest.samples]
+
+    def progress(self, what: str, total: int) -> Any:
+        return tqdm(total=total, desc=what, disable=None)
+
+
+def rouge(scoring: Scoring) -> None:
+    from evaluation.metrics.rouge import rouge, tokenize
+
+    stem = scoring.config.stem
+    with scoring.progress("rouge", len(scoring.generations) * scoring.n) as progress:
+        for i, item in enumerate(scoring.generations):
+            scores = []
+            for target, text in zip(scoring.targets, item.texts, strict=True):
+                scores.append(rouge(target, text, stem=stem))
+                progress.update()
+            for name in ("rouge1", "rouge2", "rougeL"):
+                scoring.add(i, name, [100 * s[name].fmeasure for s in scores], "percent", "higher")
+    wordless = sum(not tokenize(target) for target in scoring.targets)
+    scoring.parameters["rouge"] = {"value": "F1", "stemmer": stem, "targets_without_words": wordless}
+
+
+def bertscore(scoring: Scoring) -> None:
+    from evaluation.metrics import bertscore as bert
+
+    config, model = scoring.config, scoring.models.bertscore
+    layer = config.bertscore_layer or model.encoder.bertscore_layer
+    idf = bert.inverse_document_frequencies(model.encoder, scoring.targets) if config.bertscore_idf else None
+    # By reference, so that the candidates of one reference are encoded beside it; long ones last, as rows of a batch
+    # should be of like length.
+    order = sorted(range(scoring.n), key=lambda k: len(scoring.targets[k]))
+    pairs = [(item.texts[k], scoring.targets[k]) for k in order for item in scoring.generations]
+    code = hash_of_code(_METRICS / "bertscore.py", _METRICS / "encoder.py")
+    weights = None if idf is None else hash_of(sorted(idf.items()))
+    cache = Cache(scoring.cache, "bertscore", [model.weights, config.dtype, layer, weights, code])
+
+    def compute(places: list[int]) -> list[tuple[float, float, float, bool]]:
+        found = bert.bertscore(model.encoder, [pairs[p] for p in places], layer=layer, idf=idf)
+        return [astuple(score) for score in found]
+
+    with scoring.progress("bertscore", len(pairs)) as progress:
+        lot = _LOT * len(scoring.generations)
+        found = cache.complete([key_of(*pair) for pair in pairs], compute, lot=lot, done=progress.update)
+    scores = [bert.BertScore(*values) for values in found]
+    baseline = bert.baseline_of(config.bertscore_model, layer, config.bertscore_baseline)
+    for i in range(len(scoring.generations)):
+        own = [scores[rank * len(scoring.generations) + i] for rank in np.argsort(order).tolist()]
+        truncated = sum(score.truncated for score in own) / scoring.n
+        values = [100 * score.fmeasure for score in own]
+        scoring.add(i, "bertscore", values, "percent", "higher", truncated_share=truncated)
+        if baseline is not None:
+            spread = [100 * bert.rescaled(score, baseline).fmeasure for score in own]
+            scoring.add(i, "bertscore_rescaled", spread, "percent", "higher")
+    most = max(row["bertscore"]["truncated_share"] for row in scoring.rows)
+    if most:
+        scoring.notes.append(
+            f"BERTScore reads {model.encoder.max_tokens} tokens: up to {most:.1%} of a row's pairs were cut there, and "
+            "what is behind is not scored."
+        )
+    scoring.parameters["bertscore"] = {
+        "value": "F1", "layer": layer, "idf": config.bertscore_idf, "baseline": list(baseline) if baseline else None,
+    }  # fmt: skip
+
+
+def mauve(scoring: Scoring) -> None:
+    from evaluation.metrics.mauve import FLOOR, SCALING
+
+    config = scoring.config
+    if scoring.n < config.mauve_min_samples:
+        scoring.notes.append(
+            f"MAUVE is not given: n = {scoring.n}, below {config.mauve_min_samples} it measures n, not text."
+        )
+        return
+    if scoring.n < 1000:
+        scoring.notes.append(
+            f"MAUVE at n = {scoring.n} is comparable with MAUVE at n = {scoring.n} only; papers use 1000 or more."
+        )
+    names = [item.entry.name for item in scoring.generations]
+    samples = scoring.manifest.samples
+    features = [
+        _features(scoring, samples, item.texts, name) for item, name in zip(scoring.generations, names, strict=True)
+    ]
+    assert scoring.human is not None
+    clusters = 0
+    with scoring.progress("mauve", len(features)) as progress:
+        for i, item in enumerate(scoring.generations):
+            # Equal sets are at 1 by definition, and so is a row of the same texts in other order.
+            same = i == scoring.human or (item.entry.system == "other" and not scoring.manifest.others)
+            found = _mauve(scoring, features[scoring.human], features[i], config.mauve_seeds[: 1 if same else None])
+            clusters = found.clusters
+            scoring.rows[i]["mauve"] = metric(
+                100 * found.mean, "percent", scoring.n, "higher", math.nan if same else 100 * found.error,
+                "SD over k-means seeds and over resampled texts, in quadrature",
+                seed_sd=100 * found.seed_sd, sampling_sd=100 * found.sampling_sd, seed25=100 * found.seed25,
+                star=100 * found.star_mean, seeds=1 if same else len(config.mauve_seeds),
+            )  # fmt: skip
+            progress.update()
+        ceiling = None
+        if scoring.manifest.others:
+            others = _features(scoring, scoring.manifest.others, [s.target for s in scoring.manifest.others], "others")
+            ceiling = _mauve(scoring, features[scoring.human], others, config.mauve_seeds)
+    scoring.parameters["mauve"] = {
+        "scaling": SCALING, "clusters": clusters, "floor": 100 * FLOOR, "text": config.mauve_text,
+        "ceiling": 100 * ceiling.mean if ceiling else None, "ceiling_sd": 100 * ceiling.seed_sd if ceiling else None,
+        "seeds": len(config.mauve_seeds), "faiss_threads": 1,
+        "features": f"{config.dtype}, last token of the last layer",
+    }  # fmt: skip
+    between = f"floor {100 * FLOOR:.2f}"
+    if ceiling:
+        between += f", human against other human texts {100 * ceiling.mean:.1f}"
+    else:
+        between += "; the source has too few documents for a ceiling of human against other human texts"
+    scoring.notes.append(f"MAUVE: {between}; mean of {len(config.mauve_seeds)} k-means seeds.")
+
+
+def _mauve(scoring: Scoring, human: np.ndarray, system: np.ndarray, seeds: Sequence[int]) -> Any:
+    from evaluation.metrics.mauve import Mauve, mauve
+
+    cache = Cache(scoring.cache, "mauve", hash_of_code(_METRICS / "mauve.py"))
+    key = key_of(packed(human), packed(system), str(list(seeds)))
+    (values,) = cache.complete([key], lambda _: [astuple(mauve(human, system, seeds=seeds))], lot=1)
+    return Mauve(*values)
+
+
+def _features(scoring: Scoring, samples: Sequence[Sample], texts: Sequence[str], name: str) -> np.ndarray:
+    """Features [n, width] of texts, found by their content: a text is featurised once, whichever row it is in."""
+    config, model = scoring.config, scoring.models.featuriser
+    texts = feature_texts(samples, texts, config.mauve_text)
+    cache = Cache(scoring.cache, *feature_key(model.weights, config.dtype))
+    order = sorted(range(len(texts)), key=lambda k: len(texts[k]))
+
+    def compute(places: list[int]) -> list[str]:
+        rows, _ = model.encoder.tokenize([texts[order[p]] for p in places])
+        return [packed(row) for row in model.encoder.last_token(rows).numpy()]
+
+    with scoring.progress(f"features, {name}", len(texts)) as progress:
+        cache.complete([key_of(texts[k]) for k in order], compute, lot=_LOT, done=progress.update)
+    return cache.stacked([key_of(text) for text in texts])
+
+
+def feature_key(weights: str, dtype: str) -> tuple[str, Any]:
+    """Where the cache holds the features of a model's texts."""
+    return "features", [weights, dtype, hash_of_code(_METRICS / "encoder.py")]
+
+
+def feature_texts(samples: Sequence[Sample], texts: Sequence[str], text: str) -> list[str]:
+    """What is featurised of continuations: themselves, or prefix and continuation (`whole`)."""
+    if text == "continuation":
+        return list(texts)
+    return [sample.prefix + written for sample, written in zip(samples, texts, strict=True)]
+
+
+def perplexity(scoring: Scoring) -> None:
+    """Generative perplexity, nll and G; entropy and repetition in the judge's tokens, without which they say little."""
+    from evaluation.metrics import diversity
+
+    tokenizer, human = scoring.models.judge.judge.tokenizer, scoring.human
+    assert human is not None
+    prefixes = tokenizer.encode_batch([sample.prefix for sample in scoring.manifest.samples])
+    written = [_judge_tokens(item, tokenizer) for item in scoring.generations]
+    lengths = [len(ids) for ids in written[human]]
+    # Every system is read for as many tokens as the human wrote, no more: later tokens are easier.
+    tokens = [[ids[:length] for ids, length in zip(rows, lengths, strict=True)] for rows in written]
+    _judge_gap(scoring, prefixes, tokens)
+    budget = diversity.common_budget(tokens, human)
+    scoring.parameters["perplexity"]["token_budget"] = budget
+    for i, rows in enumerate(tokens):
+        _pooled(scoring, i, "entropy", rows, budget, diversity.unigram_entropy, "nats")
+        scoring.add(i, "repetition4", [diversity.repetition(ids, 4) for ids in rows], "share", "lower")
+        scoring.per_sample[i]["judge_tokens"] = [len(ids) for ids in written[i]]
+    _passages(scoring, tokenizer)
+
+
+def _judge_tokens(item: Generated, tokenizer: Any) -> list[list[int]]:
+    if item.ids is None:
+        return tokenizer.encode_batch(item.texts)
+    if item.ids_tokenizer != tokenizer.fingerprint():
+        raise ConfigError(
+            f"{item.entry.name}: shuffled with another judge's tokens; run `generate` again with this judge"
+        )
+    return item.ids
+
+
+def _nlls(scoring: Scoring, pairs: Sequence[tuple[list[int], list[int]]], what: str) -> list[tuple[float, int]]:
+    """(nats, scored tokens) of each (prefix, text) under the judge."""
+    model = scoring.models.judge
+    code = hash_of_code(_METRICS / "perplexity.py")
+    cache = Cache(scoring.cache, "nll", [model.weights, scoring.config.dtype, code])
+    order = sorted(range(len(pairs)), key=lambda k: len(pairs[k][0]) + len(pairs[k][1]))
+
+    def compute(places: list[int]) -> list[tuple[float, int]]:
+        return [(nll.nats, nll.tokens) for nll in model.judge.score([pairs[order[p]] for p in places])]
+
+    with scoring.progress(what, len(pairs)) as progress:
+        keys = [key_of(repr(pairs[k][0]), repr(pairs[k][1])) for k in order]
+        found = cache.complete(keys, compute, lot=4 * _LOT, done=progress.update)
+    by_place = dict(zip(order, found, strict=True))
+    return [tuple(by_place[k]) for k in range(len(pairs))]  # type: ignore[misc]
+
+
+def _judge_gap(scoring: Scoring, prefixes: list[list[int]], tokens: list[list[list[int]]]) -> None:
+    """Generative perplexity, nll, and, where the row `shuffled` is there, G of every system."""
+    from evaluation.metrics.perplexity import gap
+
+    n, human, shuffled = scoring.n, scoring.human, scoring.row_of("shuffled")
+    assert human is not None
+    found = _nlls(scoring, [(p, ids) for rows in tokens for p, ids in zip(prefixes, rows, strict=True)], "nll")
+    by_system = [found[i * n : (i + 1) * n] for i in range(len(tokens))]
+    nats = [np.array([nat for nat, _ in row]) for row in by_system]
+    counts = [np.array([count for _, count in row]) for row in by_system]
+    corpus = [float(s.sum() / c.sum()) if c.sum() else math.nan for s, c in zip(nats, counts, strict=True)]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        sums = scoring.bootstrap.sums
+        drawn = [sums(s) / sums(c) for s, c in zip(nats, counts, strict=True)]
+    scoring.parameters["perplexity"] = {
+        "judge": scoring.config.judge, "human_nll": corpus[human],
+        "shuffled_nll": None if shuffled is None else corpus[shuffled],
+    }  # fmt: skip
+    kind = "bootstrap standard error"
+    for i, row in enumerate(scoring.rows):
+        total = int(counts[i].sum())
+        for name, value, draws, unit in (
+            ("generative_perplexity", _exp(corpus[i]), np.exp(np.minimum(drawn[i], 700)), "perplexity"),
+            ("nll", corpus[i], drawn[i], "nats a token"),
+        ):
+            se, ci = statistics.spread(draws)
+            row[name] = metric(value, unit, n, None, se, kind, ci, tokens=total)
+        scoring.per_sample[i]["nll"] = [nat / count if count else None for nat, count in by_system[i]]
+        if shuffled is not None:
+            with np.errstate(invalid="ignore", divide="ignore"):
+                se, ci = statistics.spread(gap(drawn[i], drawn[human], drawn[shuffled]))
+            value = gap(corpus[i], corpus[human], corpus[shuffled])
+            row["gap"] = metric(value, "share", n, "lower", se, kind, ci)
+
+
+def _exp(nats: float) -> float:
+    return math.exp(min(nats, 700)) if math.isfinite(nats) else math.nan
+
+
+def _passages(scoring: Scoring, tokenizer: Any) -> None:
+    """nll, entropy and distinct-2 of passages without prefix, beside as many human documents."""
+    from evaluation.metrics import diversity
+
+    groups = [(item.entry.name, item.unconditional) for item in scoring.generations if item.unconditional]
+    if not groups:
+        return
+    assert scoring.human is not None
+    most = max(len(texts) for _, texts in groups)
+    documents = [sample.prefix + sample.target for sample in scoring.manifest.samples[:most]]
+    groups.insert(0, (scoring.generations[scoring.human].entry.name, documents))
+    encoded = [tokenizer.encode_batch(texts) for _, texts in groups]
+    budget = min((total for rows in encoded if (total := sum(map(len, rows)))), default=0)
+    for (name, texts), rows in zip(groups, encoded, strict=True):
+        nlls = _nlls(scoring, [([], ids) for ids in rows], f"nll, passages of {name}")
+        count = sum(tokens for _, tokens in nlls)
+        pool = diversity.cut_to_budget(rows, budget)
+        nll = sum(nats for nats, _ in nlls) / count if count else math.nan
+        each = [nats / tokens for nats, tokens in nlls if tokens]
+        error = float(np.std(each, ddof=1) / math.sqrt(len(each))) if len(each) > 1 else math.nan
+        scoring.unconditional.append({
+            "name": name,
+            "texts": texts,
+            "metrics": {
+                "nll": metric(nll, "nats a token", len(texts), None, error, "standard error", tokens=count),
+                "entropy": metric(diversity.unigram_entropy(pool), "nats", len(texts), None, tokens=budget),
+                "distinct2": metric(diversity.distinct_n(pool, 2), "share", len(texts), None, tokens=budget),
+            },
+        })  # fmt: skip
+
+
+def diversity(scoring: Scoring) -> None:
+    """distinct-n, self-BLEU, length ratio, empty and copied texts, over words between white space: no model needed."""
+    from evaluation.metrics import diversity as measures
+
+    words = [[text.split() for text in item.texts] for item in scoring.generations]
+    prefixes = [sample.prefix.split() for sample in scoring.manifest.samples]
+    human = scoring.human
+    assert human is not None
+    budget = measures.common_budget(words, human)
+    total = max(1, sum(map(len, words[human])))
+    with scoring.progress("diversity", len(words)) as progress:
+        for i, rows in enumerate(words):
+            for n in (1, 2, 3, 4):
+                _pooled(scoring, i, f"distinct{n}", rows, budget, _distinct(n), "share")
+            scoring.add(i, "self_bleu", measures.self_bleu(rows), "percent", "lower")
+            ratio = sum(map(len, rows)) / total
+            scoring.rows[i]["length_ratio"] = metric(ratio, "ratio", scoring.n, None)
+            scoring.per_sample[i]["words"] = [len(row) for row in rows]
+            copies = [measures.copied(p, row, 4) for p, row in zip(prefixes, rows, strict=True)]
+            scoring.add(i, "copied4", copies, "share", "lower")
+            scoring.add(i, "empty", [float(not row) for row in rows], "share", "lower")
+            progress.update()
+    scoring.parameters["diversity"] = {"tokens": "words between white space", "word_budget": budget}
+
+
+def _distinct(n: int) -> Callable[[Any], float]:
+    from evaluation.metrics.diversity import distinct_n
+
+    return lambda texts: distinct_n(texts, n)
+
+
+def _pooled(
+    scoring: Scoring, i: int, name: str, rows: Any, budget: int, statistic: Callable[[Any], float], unit: str
+) -> None:
+    """A statistic of a system's pooled tokens, at the same number of tokens for every system."""
+    from evaluation.metrics.diversity import cut_to_budget
+
+    pool = cut_to_budget(rows, budget)
+    total = sum(map(len, pool))
+    value, error = math.nan, math.nan
+    if total:
+        value, error = statistic(pool), statistics.jackknife_error(pool, statistic)
+    scoring.rows[i][name] = metric(
+        value, unit, scoring.n, None, error, "jackknife standard error", tokens=total, below_budget=total < budget
+    )
+
+
+FAMILIES: dict[str, Callable[[Scoring], None]] = {
+    "rouge": rouge,
+    "diversity": diversity,
+    "perplexity": perplexity,
+    "bertscore": bertscore,
+    "mauve": mauve,
+}
+"""In the order they are measured: what is cheap first."""
+
+
+def check(metrics: Sequence[str], generations: Sequence[Generated]) -> None:
+    """Raises ConfigError for families that are not known, DataError for rows of different seeds or lengths."""
+    unknown = sorted(set(metrics) - set(FAMILIES))
+    if unknown:
+        raise ConfigError(f"unknown metrics {', '.join(unknown)}; known: {', '.join(FAMILIES)}")
+    for what in ("seed", "length"):
+        if len({str(getattr(item, what)) for item in generations}) > 1:
+            raise DataError(f"the rows were generated with different {what}s; run `generate` again")

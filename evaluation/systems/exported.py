@@ -1,0 +1,106 @@
+"""Models that megatext exported, but for causal LMs, which are Hugging Face directories."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from evaluation.files import hash_of, hash_of_code, hash_of_model
+from evaluation.systems.base import Item, System, Written, item_seed, own_tokens
+from megatext.config import ConfigError, from_dict
+
+
+def kind_of(directory: Path) -> str | None:
+    """The recipe that exported a directory; None for a Hugging Face model. Raises ConfigError for an unknown one."""
+    kind = json.loads((directory / "config.json").read_text()).get("kind")
+    if kind not in (None, "text_dit", "text_vae"):
+        raise ConfigError(f"{directory}: exported by a recipe this version cannot write with ({kind})")
+    return kind
+
+
+def _library_hash(*packages: str) -> str:
+    import megatext
+
+    library = Path(megatext.__file__).parent
+    return hash_of_code(Path(__file__), *(library / name for name in packages))
+
+
+class TextDiffusion(System):
+    """A latent diffusion model, through TextGenerator. A free length stops at the end of text."""
+
+    timed = True
+
+    def __init__(self, directory: Path, sampling: dict[str, Any], *, where: str, dtype: str, device: str) -> None:
+        from megatext.generation.sampling import SamplingConfig
+        from megatext.recipes.pretrained import read_description
+
+        if "length" in sampling:
+            raise ConfigError(f"{where}: length: how long texts are is one rule for all systems (--length)")
+        self.weights = hash_of_model(directory)
+        self.started_from = read_description(directory, "text_dit").get("warm_start_hash")
+        self._directory, self._device, self._dtype = directory, device, dtype
+        self._sampling = from_dict(SamplingConfig, sampling, where=where)
+
+    def fingerprint(self) -> str:
+        code = _library_hash("generation", "flow", "nn", "recipes")
+        return hash_of(["text_dit", self.weights, asdict(self._sampling), self._dtype, code])
+
+    @cached_property
+    def generator(self) -> Any:
+        """The loaded TextGenerator."""
+        import torch
+
+        from megatext.generation.text_generator import TextGenerator
+
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self._dtype]
+        return TextGenerator.from_pretrained(self._directory, device=self._device, dtype=dtype)
+
+    def generate(self, items: Sequence[Item], seed: int) -> list[Written]:
+        length: Literal["oracle", "eos"] = "eos" if items[0].length.policy == "free" else "oracle"
+        texts = self.generator.generate(
+            [item.prefix for item in items],
+            target_tokens=[own_tokens(item, self.generator.tokenizer) for item in items],
+            seeds=[item_seed(seed, item) for item in items],
+            sampling=replace(self._sampling, length=length),
+        )
+        return [Written(text) for text in texts]
+
+
+class Reconstruction(System):
+    """A TextVAE: the human target through encoder (posterior mean) and decoder (likeliest token). No continuation, but
+    what the decoder of a diffusion model in these latents loses at the least."""
+
+    timed = True
+
+    def __init__(self, directory: Path, device: str) -> None:
+        self.weights = hash_of_model(directory)
+        self._directory, self._device = directory, device
+
+    def fingerprint(self) -> str:
+        return hash_of(["text_vae", self.weights, _library_hash("nn")])
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        from megatext.recipes.pretrained import load_text_vae
+        from megatext.tokenizer import load_tokenizer
+
+        return load_text_vae(self._directory)[0].to(self._device), load_tokenizer(self._directory)
+
+    def generate(self, items: Sequence[Item], seed: int) -> list[Written]:
+        return [Written(self._through(item.target)) for item in items]
+
+    def _through(self, text: str) -> str:
+        import torch
+
+        from megatext.nn.layout import Layout
+
+        vae, tokenizer = self._loaded
+        ids = torch.tensor([tokenizer.encode(text)], device=self._device)
+        if not ids.numel():
+            return ""
+        layout = Layout.of(torch.zeros_like(ids), torch.arange(ids.shape[1], device=ids.device)[None])
+        with torch.inference_mode():
+            written = vae.decode(vae.encode(ids, layout)[0], layout).argmax(dim=-1)[0]
+        return tokenizer.decode(written.tolist())
