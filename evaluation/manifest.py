@@ -92,13 +92,14 @@ def build_manifest(task: TaskConfig) -> Manifest:
         )
     samples = tuple(chosen[: task.n])
     others = tuple(chosen[task.n :]) if len(chosen) == 2 * task.n else ()
-    facts = {
+    facts: dict[str, Any] = {
         **asdict(task),
         "reference_fingerprint": fingerprint,
         "documents": len(pool.ids),
         "passed_over": passed_over,
         "non_ascii_letters": _non_ascii(samples),
     }
+    facts["split_fraction"] = list(task.split_fraction)  # as JSON has it
     return Manifest(samples, others, _hash(facts, samples, others), facts)
 
 

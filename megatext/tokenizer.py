@@ -7,6 +7,7 @@ fingerprint by which shards, models and teacher states recognise each other.
 import hashlib
 import json
 import re
+import unicodedata
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,13 @@ class HuggingFaceTokenizer(Tokenizer):
         if self._backend is None:
             raise ValueError(f"{self._tokenizer.name_or_path}: tells no offsets; take a tokenizer with tokenizer.json")
         found = self._backend.encode(text, add_special_tokens=False)
-        return found.ids, _ends(found.offsets, len(text))
+        ends = _ends(found.offsets, len(text))
+        # Normalisers (Qwen3's NFC) give a letter and its accents as one character with the letter's place alone.
+        for i, end in enumerate(ends):
+            while end < len(text) and unicodedata.combining(text[end]):
+                end += 1
+            ends[i] = end
+        return found.ids, ends
 
     def decode(self, ids: list[int]) -> str:
         kept = [i for i in map(int, ids) if i != self.eos_id]

@@ -100,3 +100,26 @@ def test_a_text_that_names_special_tokens_holds_none(qwen3: Tokenizer) -> None:
 
 def test_training_gives_the_same_pieces_again(tokenizer: Tokenizer) -> None:
     assert train(TEXT * 20, 312).fingerprint() == tokenizer.fingerprint()
+
+
+@settings(max_examples=300)
+@given(text=TEXTS)
+def test_ends_are_places_to_cut(tokenizer: Tokenizer, text: str) -> None:
+    """What stands before an end has at most as many tokens as were counted up to there, and nothing is lost."""
+    ids, ends = tokenizer.encode_with_ends(text)
+    assert ids == tokenizer.encode(text) and len(ends) == len(ids)
+    assert ends == sorted(ends) and all(0 <= end <= len(text) for end in ends)
+    assert not text or ends[-1] == len(text)
+    for count, end in enumerate(ends, 1):
+        assert tokenizer.decode(ids[:count]).rstrip("\ufffd") == text[:end].rstrip("\ufffd")
+
+
+def test_ends_in_the_text_as_given(qwen3: Tokenizer) -> None:
+    """Qwen3 composes accents (NFC) before it encodes and spreads rare characters over several tokens: ends are places
+    in the text all the same."""
+    text = "A cafe\u0301 in \U0001f9d9\u200d\u2642\ufe0f land, \u65e5\u672c\u8a9e."
+    ids, ends = qwen3.encode_with_ends(text)
+    assert ids == qwen3.encode(text) and ends[-1] == len(text) and ends == sorted(ends)
+    assert text.index("\u0301") not in ends  # a letter and its accent are one character to the tokenizer
+    pieces = [text[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+    assert "".join(pieces) == text and pieces[:3] == ["A", " cafe\u0301", " in"]

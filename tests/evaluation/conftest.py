@@ -49,6 +49,25 @@ def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of width 32 and 3 layers that reads 48 word pieces."""
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    directory = tmp_path_factory.mktemp("tiny_bert")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *sorted({word.lower() for word in WORDS})]
+    (directory / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizerFast(str(directory / "vocab.txt"), model_max_length=48).save_pretrained(directory)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=48, initializer_range=0.3,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture
 def task_file(tmp_path: Path) -> Path:
     """A task of 20 samples of 20 words, half given, on 40 documents."""
@@ -57,5 +76,6 @@ def task_file(tmp_path: Path) -> Path:
     task = tmp_path / "task.yaml"
     task.write_text(
         f"name: tiny\nsource: {documents}\nn: 20\nmin_tokens: 20\nmax_tokens: 20\nsplit_fraction: [0.5, 0.5]\n"
+        "reference_tokenizer: null\n"
     )
     return task

@@ -1,3 +1,5 @@
+"""Systems and the generate stage: what is written, that it depends on its inputs alone, and what a kill leaves."""
+
 import json
 import os
 import shutil
@@ -8,29 +10,24 @@ import textwrap
 import time
 import types
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from evaluation.files import append_jsonl, atomic_write, read_log
-from evaluation.generation import generate
+from evaluation.generation import Generated, Settings, generate, load_generations, refuse_other_manifests
 from evaluation.manifest import Manifest, build_manifest, save_manifest
-from evaluation.systems import (
-    CausalSampling,
-    CausalWriter,
-    Request,
-    SanityRow,
-    SystemEntry,
-    Written,
-    complete,
-    load_systems,
-    open_writer,
-)
+from evaluation.systems import SystemEntry, complete, load_systems, open_system
+from evaluation.systems.base import Item, Length, System, Written
+from evaluation.systems.causal_lm import CausalLM, CausalSampling
+from evaluation.systems.sanity import SanityRow
 from evaluation.tasks import load_task
 from megatext.config import ConfigError
 from megatext.data import DataError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -38,124 +35,189 @@ def manifest(task_file: Path) -> Manifest:
     return build_manifest(load_task(str(task_file)))
 
 
-def test_sanity_rows(manifest: Manifest, tiny_lm: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def settings(tiny_lm: Path, tmp_path: Path) -> Settings:
+    return Settings(judge=tiny_lm, cache=tmp_path / "cache")
+
+
+def test_sanity_rows(manifest: Manifest, tiny_lm: Path, settings: Settings) -> None:
     from megatext.tokenizer import load_tokenizer
 
     def texts(row: str) -> list[str]:
-        return generate(manifest, SystemEntry(row, row), output=tmp_path, seed=0, judge_dir=tiny_lm).texts
+        return generate(manifest, SystemEntry(row, row), settings).texts
 
     targets = [sample.target for sample in manifest.samples]
     assert texts("human") == targets and set(texts("empty")) == {""}
-    assert sorted(texts("other")) == sorted(targets) and all(
-        a != b for a, b in zip(texts("other"), targets, strict=True)
-    )
+    assert texts("other") == [other.target for other in manifest.others] and not set(texts("other")) & set(targets)
+    few = replace(manifest, others=())
+    assert generate(few, SystemEntry("other", "other"), settings).texts == [*targets[1:], targets[0]]
     for sample, text in zip(manifest.samples, texts("repeat"), strict=True):
         assert text[: len(sample.prefix) + 1] == (" " + sample.prefix)[: len(text)] and len(text) == len(sample.target)
-    shuffled = generate(manifest, SystemEntry("shuffled", "shuffled"), output=tmp_path, seed=0, judge_dir=tiny_lm)
+    shuffled = generate(manifest, SystemEntry("shuffled", "shuffled"), settings)
     encode = load_tokenizer(tiny_lm).encode
     assert shuffled.ids is not None
     assert [sorted(ids) for ids in shuffled.ids] == [sorted(encode(target)) for target in targets]
     assert shuffled.ids != [encode(target) for target in targets]
 
 
+def item(number: int, tokens: int, prefix: str = "the cat ", policy: str = "fixed") -> Item:
+    return Item(str(number), prefix, "", Length(policy, tokens))  # type: ignore[arg-type]
+
+
 def test_a_text_does_not_depend_on_its_batch(tiny_lm: Path) -> None:
-    writer = CausalWriter(tiny_lm, CausalSampling(temperature=0.8, top_p=0.95, top_k=50), "cpu")
-    requests = [Request(str(i), "the cat " * i, 5 + i, seed=i) for i in range(4)]
-    together = writer.write(requests)
-    assert together == [written for request in requests for written in writer.write([request])]
-    assert [len(writer._tokenizer.encode(w.text)) <= r.target_tokens for w, r in zip(together, requests, strict=True)]
-    greedy = CausalWriter(tiny_lm, CausalSampling(temperature=0), "cpu")
-    assert greedy.write(requests)[1:2] == greedy.write([requests[1]])
-    long = greedy.write([Request("x", "the cat " * 300, 8, seed=0)])
-    assert long[0].text  # a prefix longer than the model reads is cut at its start
+    system = CausalLM(tiny_lm, CausalSampling(temperature=0.8, top_p=0.95, top_k=50))
+    items = [item(i, 5 + i, "the cat " * i) for i in range(4)] + [item(9, 100, "dog " * 300)]
+    together = system.generate(items, 0)
+    assert together == [written for one in items for written in system.generate([one], 0)]
+    assert together != system.generate(items, 1)
+    greedy = CausalLM(tiny_lm, CausalSampling(temperature=0))
+    assert greedy.generate(items, 0)[1:2] == greedy.generate([items[1]], 1)
+
+
+def test_contexts_longer_than_the_model_reads_are_cut_and_counted(tiny_lm: Path) -> None:
+    """The model reads 128 tokens: half of them stay context, so 100 tokens behind 300 take two laps."""
+    system = CausalLM(tiny_lm, CausalSampling(temperature=0))
+    prefix = "dog " * 300
+    ids = system.tokenizer.encode(prefix)
+    (short,) = system.generate([item(0, 8, prefix)], 0)
+    assert short.prefix_cut == len(ids) - 120
+    (alone,) = system.generate([item(0, 8, system.tokenizer.decode(ids[-120:]))], 0)
+    assert alone.text == short.text and alone.prefix_cut == 0
+    (long,) = system.generate([item(0, 100, prefix)], 0)
+    first, second = system._fit(ids, 100), system._fit(ids + [1] * 64, 36)
+    assert (len(first[0]), first[1]) == (64, 64) and (len(second[0]), second[1]) == (92, 36)
+    assert long.prefix_cut == len(ids) - 64 and len(system.tokenizer.encode(long.text)) > 64
 
 
 def test_greedy_text_of_a_trained_model(shared_data: Path) -> None:
-    writer = CausalWriter(shared_data / "tiny_lm" / "stories260K_hf", CausalSampling(temperature=0), "cpu")
-    (written,) = writer.write([Request("0", "Once upon a time", 20, seed=0)])
-    assert written.text.startswith(", there was a little girl named Lily")
+    """The text that its makers publish, of 200 greedy steps."""
+    folder = shared_data / "tiny_lm"
+    expected = json.loads((folder / "expected_published.json").read_text())["greedy_200_steps_from_bos"]
+    system = CausalLM(folder / "stories260K_hf", CausalSampling(temperature=0))
+    prefix = "Once upon a time"
+    (written,) = system.generate([item(0, 190, prefix)], 0)
+    assert len(expected) > 400 and (prefix + written.text).startswith(expected[:400])
+
+
+def test_length_rules(tiny_lm: Path) -> None:
+    system = CausalLM(tiny_lm, CausalSampling())
+    target = " the dog saw"
+    (oracle,) = system.generate([Item("0", "the cat", target, Length())], 0)
+    (fixed,) = system.generate([item(0, len(system.tokenizer.encode(target)), "the cat")], 0)
+    assert oracle == fixed
+    # Freed, a model that wants to end does: here every other token is barred from rising above the end of text.
+    system.model.lm_head.weight.data[:] = 0
+    system.model.lm_head.weight.data[system.tokenizer.eos_id] = system.model.lm_head.weight.data[1] + 1
+    free = system.generate([item(i, 30, "the cat", "free") for i in range(8)], 0)
+    assert min(len(system.tokenizer.encode(w.text)) for w in free) < 30
+    assert Length.parse("free:20") == Length("free", 20) and Length.parse("oracle") == Length()
+    for wrong in ("fixed", "oracle:3", "free:x", "longest", "fixed:0"):
+        with pytest.raises(ConfigError, match="oracle, fixed:TOKENS or free:TOKENS|at least one"):
+            Length.parse(wrong)
 
 
 def test_cache_is_keyed_by_content(
-    manifest: Manifest, tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    manifest: Manifest, tiny_lm: Path, tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def entry(**sampling: float) -> SystemEntry:
         return SystemEntry("ar", f"hf:{tiny_lm}", sampling, unconditional=2, unconditional_tokens=6)
 
-    first = generate(manifest, entry(), output=tmp_path, seed=0)
+    first = generate(manifest, entry(), settings)
     assert len(first.unconditional) == 2 and all(first.unconditional) and first.seconds_per_sample is not None
-    assert generate(manifest, entry(temperature=0.5), output=tmp_path, seed=0).texts != first.texts
-    assert generate(manifest, entry(), output=tmp_path, seed=1).texts != first.texts
+    assert generate(manifest, entry(temperature=0.5), settings).texts != first.texts
+    assert generate(manifest, entry(), replace(settings, seed=1)).texts != first.texts
+    assert generate(manifest, entry(), replace(settings, length=Length("fixed", 3))).texts != first.texts
+    other_weights = tmp_path / "other"
+    shutil.copytree(tiny_lm, other_weights)
+    weights = bytearray((other_weights / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other_weights / "model.safetensors").write_bytes(weights)
+    asked: list[str] = []
+    original = CausalLM.generate
 
-    def fail(self: Any, requests: Sequence[Request]) -> None:
-        raise AssertionError("written again")
+    def watched(self: CausalLM, items: Sequence[Item], seed: int) -> list[Written]:
+        asked.extend(one.id for one in items)
+        return original(self, items, seed)
 
-    monkeypatch.setattr(CausalWriter, "write", fail)
-    assert generate(manifest, entry(), output=tmp_path, seed=0) == first
+    monkeypatch.setattr(CausalLM, "generate", watched)
+    assert generate(manifest, entry(), settings) == first and asked == []
+    generate(manifest, SystemEntry("ar", f"hf:{other_weights}"), settings)
+    assert len(set(asked)) == 20
+    asked.clear()
+    # More samples of a task do not cost the first ones again.
+    few = replace(manifest, samples=manifest.samples[:5])
+    generate(few, entry(temperature=0.7), settings)
+    asked.clear()
+    generate(manifest, entry(temperature=0.7), settings)
+    assert set(asked) - {"0", "1"} <= {s.id for s in manifest.samples[5:]}
 
 
 KILLED = """
     import sys, time
     from pathlib import Path
-    import evaluation.systems as systems
-    from evaluation.generation import generate
+    from evaluation.generation import Settings, generate
     from evaluation.manifest import load_manifest
+    from evaluation.systems import SystemEntry
+    from evaluation.systems.sanity import SanityRow
 
-    original = systems.SanityRow.write
-    def slow(self, requests):
+    original = SanityRow.generate
+    def slow(self, items, seed):
         time.sleep(0.1)
-        return original(self, requests)
-    systems.SanityRow.write = slow
-    entry = systems.SystemEntry("again", "repeat", batch_size=2)
-    generate(load_manifest(Path(sys.argv[1])), entry, output=Path(sys.argv[1]), seed=0)
+        return original(self, items, seed)
+    SanityRow.generate = slow
+    folder = Path(sys.argv[1])
+    generate(load_manifest(folder), SystemEntry("again", "repeat", batch_size=2), Settings(cache=folder / "cache"))
 """
 
 
 def test_resumes_after_kill(manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_manifest(manifest, tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path)], cwd=Path(__file__).parents[2]
-    )
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path)], cwd=ROOT)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
-        logs = list(tmp_path.glob("cache/generations/*.jsonl"))
+        logs = list(tmp_path.glob("cache/generations/*/*.jsonl"))
         if logs and len(logs[0].read_text().splitlines()) >= 4:
             break
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    (log,) = tmp_path.glob("cache/generations/*.jsonl")
+    (log,) = tmp_path.glob("cache/generations/*/*.jsonl")
     with open(log, "a") as file:
-        file.write('{"id": "half a li')  # what a kill inside a write leaves
-    before = [record["id"] for record in read_log(log)]
+        file.write('{"key": "half a li')  # what a kill inside a write leaves
+    before = [record["value"]["id"] for record in read_log(log)]
     assert 4 <= len(before) < 20
     entry = SystemEntry("again", "repeat", batch_size=2)
-    fresh = generate(manifest, entry, output=tmp_path / "fresh", seed=0)
+    fresh = generate(manifest, entry, Settings(cache=tmp_path / "fresh"))
     asked: list[str] = []
-    original = SanityRow.write
+    original = SanityRow.generate
 
-    def watched(self: SanityRow, requests: Sequence[Request]) -> list[Written]:
-        asked.extend(request.id for request in requests)
-        return original(self, requests)
+    def watched(self: SanityRow, items: Sequence[Item], seed: int) -> list[Written]:
+        asked.extend(one.id for one in items)
+        return original(self, items, seed)
 
-    monkeypatch.setattr(SanityRow, "write", watched)
-    assert generate(manifest, entry, output=tmp_path, seed=0).texts == fresh.texts
+    monkeypatch.setattr(SanityRow, "generate", watched)
+    assert generate(manifest, entry, Settings(cache=tmp_path / "cache")).texts == fresh.texts
     assert sorted(before + asked) == sorted(sample.id for sample in manifest.samples)
 
 
 def test_model_writes_through_the_text_generator(
-    manifest: Manifest, tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    manifest: Manifest, tiny_lm: Path, tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[dict[str, Any]] = []
 
     @dataclass(frozen=True)
     class SamplingConfig:
         steps: int = 8
+        length: str = "oracle"
 
     class TextGenerator:
         @classmethod
-        def from_pretrained(cls, directory: Path, device: str) -> "TextGenerator":
-            return cls()
+        def from_pretrained(cls, directory: Path, device: str, dtype: Any) -> "TextGenerator":
+            from megatext.tokenizer import load_tokenizer
+
+            generator = cls()
+            generator.tokenizer = load_tokenizer(directory)  # type: ignore[attr-defined]
+            return generator
 
         def generate(
             self, prompts: list[str], *, target_tokens: list[int], seeds: list[int], sampling: SamplingConfig
@@ -170,35 +232,130 @@ def test_model_writes_through_the_text_generator(
     model = tmp_path / "model"
     shutil.copytree(tiny_lm, model)
     (model / "config.json").write_text('{"kind": "text_dit", "warm_start_hash": "abc"}')
-    result = generate(manifest, SystemEntry("dit", f"model:{model}", {"steps": 4}), output=tmp_path, seed=0)
+    result = generate(manifest, SystemEntry("dit", f"model:{model}", {"steps": 4}), settings)
     assert result.started_from == "abc"
     assert len(set(result.texts)) == 20 and calls[-1]["sampling"] == SamplingConfig(4)
     assert all(count > 5 for count in calls[-1]["target_tokens"])
+    free = replace(settings, length=Length("free", 7))
+    generate(manifest, SystemEntry("dit", f"model:{model}", {"steps": 4}), free)
+    assert calls[-1] == {"target_tokens": [7] * 20, "sampling": SamplingConfig(4, "eos")}
     with pytest.raises(ConfigError, match="system dit, sampling: .*did you mean 'steps'"):
-        generate(manifest, SystemEntry("dit", f"model:{model}", {"stepz": 4}), output=tmp_path, seed=0)
+        generate(manifest, SystemEntry("dit", f"model:{model}", {"stepz": 4}), settings)
+    with pytest.raises(ConfigError, match="one rule for all systems"):
+        generate(manifest, SystemEntry("dit", f"model:{model}", {"length": "eos"}), settings)
+
+
+def test_a_text_vae_reconstructs_the_target(manifest: Manifest, settings: Settings, tmp_path: Path) -> None:
+    """An untrained one writes anything, but the same text for the same target, whatever the prefix."""
+    import torch
+
+    from megatext.nn.blocks import TrunkConfig
+    from megatext.nn.text_vae import TextVAE, TextVAEConfig
+    from megatext.recipes.pretrained import write_model
+    from megatext.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(settings.judge or "")
+    torch.manual_seed(0)
+    config = TextVAEConfig(
+        latent_channels=8, encoder=TrunkConfig(layers=0, width=16), decoder=TrunkConfig(layers=1, width=16, heads=2)
+    )
+    vae = TextVAE(config, tokenizer.vocab_size)
+    write_model(tmp_path / "vae", "text_vae", config, vae.state_dict(), tokenizer=Path(str(settings.judge)))
+    entry = SystemEntry("vae", f"model:{tmp_path / 'vae'}")
+    found = generate(manifest, entry, settings)
+    ids = torch.tensor([tokenizer.encode(manifest.samples[3].target)])
+    from megatext.nn.layout import Layout
+
+    layout = Layout.of(torch.zeros_like(ids), torch.arange(ids.shape[1])[None])
+    with torch.no_grad():
+        vae.eval()
+        wanted = vae.decode(vae.encode(ids, layout)[0], layout)[0].argmax(-1).tolist()
+    assert found.texts[3] == tokenizer.decode(wanted) and found.weights is not None
+    with pytest.raises(ConfigError, match="is not sampled"):
+        generate(manifest, replace(entry, sampling={"steps": 1}), settings)
+
+
+class Upper(System):
+    """A system of a user's own, as a systems file names it."""
+
+    def __init__(self, mark: str = "") -> None:
+        self.mark = mark
+
+    def fingerprint(self) -> str:
+        return f"upper {self.mark}"
+
+    def generate(self, items: Sequence[Item], seed: int) -> list[Written]:
+        return [Written(one.prefix.upper() + self.mark) for one in items]
+
+
+def test_a_system_of_ones_own(manifest: Manifest, settings: Settings) -> None:
+    entry = SystemEntry("upper", "python:tests.evaluation.test_generation:Upper", {"mark": "!"})
+    assert generate(manifest, entry, settings).texts == [s.prefix.upper() + "!" for s in manifest.samples]
+    for wrong in ("python:tests.evaluation.test_generation:Lower", "python:no.such.module:x"):
+        with pytest.raises(ConfigError, match="python:MODULE:FUNCTION"):
+            open_system(SystemEntry("x", wrong), manifest)
+    with pytest.raises(ConfigError, match="returned dict, not an evaluation System"):
+        open_system(SystemEntry("x", "python:builtins:dict"), manifest)
 
 
 def test_bad_systems_say_what_to_do(manifest: Manifest, tmp_path: Path) -> None:
     def opened(system: str, **sampling: float) -> Any:
-        return open_writer(SystemEntry("x", system, sampling), manifest, judge_dir=None, device="cpu")
+        return open_system(SystemEntry("x", system, sampling), manifest)
 
     with pytest.raises(ConfigError, match="model:DIR, hf:DIR"):
         opened("gpt5")
-    with pytest.raises(DataError, match="no such model directory"):
+    with pytest.raises(ConfigError, match="no such model directory"):
         opened(f"hf:{tmp_path / 'none'}")
+    with pytest.raises(ConfigError, match="no config.json"):
+        opened(f"hf:{tmp_path}")
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="did you mean 'temperature'"):
         opened(f"hf:{tmp_path}", temprature=1.0)
+    with pytest.raises(ConfigError, match="top_p"):
+        opened(f"hf:{tmp_path}", top_p=2.0)
+    (tmp_path / "config.json").write_text('{"kind": "text_gan"}')
+    with pytest.raises(ConfigError, match="recipe this version cannot write with"):
+        opened(f"model:{tmp_path}")
     with pytest.raises(ConfigError, match="give --judge"):
         opened("shuffled")
-    partial = tmp_path / "partial.jsonl"
-    partial.write_text(json.dumps({"id": manifest.samples[0].id, "text": "a"}) + "\n")
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"id": manifest.samples[0].id, "text": "a"}) + "\n")
     with pytest.raises(DataError, match="lacks 19 of 20 samples"):
-        opened(f"jsonl:{partial}")
+        opened(f"jsonl:{texts}")
+    texts.write_text(2 * texts.read_text())
+    with pytest.raises(DataError, match="stands there twice"):
+        opened(f"jsonl:{texts}")
     with pytest.raises(ConfigError, match="stands twice"):
-        complete([SystemEntry("a", "human"), SystemEntry("a", "other")])
+        complete([SystemEntry("a", "human"), SystemEntry("a", "other")], None)
     systems = tmp_path / "systems.yaml"
     systems.write_text("- {name: mine, system: empty}\n")
-    assert [entry.name for entry in load_systems(systems)] == ["human", "shuffled", "mine"]
+    entries = load_systems(systems)
+    assert [entry.name for entry in complete(entries, tmp_path)] == ["human", "shuffled", "mine"]
+    assert [entry.name for entry in complete(entries, None)] == ["human", "mine"]
+
+
+def test_generations_of_another_manifest_are_refused(task_file: Path, tmp_path: Path) -> None:
+    task = load_task(str(task_file))
+    first, second = build_manifest(task), build_manifest(replace(task, seed=1))
+    written = generate(first, SystemEntry("human", "human"), Settings(cache=tmp_path / "cache"))
+    assert isinstance(written, Generated)
+    with pytest.raises(DataError, match="never compared"):
+        refuse_other_manifests([written], second, "here")
+    foreign = tmp_path / "foreign.jsonl"
+    foreign.write_text(f'{{"id": "1", "text": "x", "manifest": "{first.hash}"}}\n')
+    with pytest.raises(DataError, match="generate again"):
+        open_system(SystemEntry("x", f"jsonl:{foreign}"), second)
+    with pytest.raises(DataError, match="generate --output"):
+        load_generations(tmp_path, first)
+    (tmp_path / "generations.json").write_text('[{"entry": {"name": "x", "system": "human"}, "length": {}}]')
+    with pytest.raises(DataError, match="not of this version"):
+        load_generations(tmp_path, first)
+
+
+def test_half_a_surrogate_pair_from_elsewhere_is_mended(manifest: Manifest, settings: Settings, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"id": s.id, "text": "a \ud83d b"}) + "\n" for s in manifest.samples))
+    assert set(generate(manifest, SystemEntry("x", f"jsonl:{texts}"), settings).texts) == {"a \ufffd b"}
 
 
 def test_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

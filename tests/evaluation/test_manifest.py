@@ -1,13 +1,16 @@
+"""Tasks and manifests: what is chosen and cut depends on the documents alone, and a changed manifest is refused."""
+
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_tools.shard import shard
-from evaluation.generation import Generations, load_generations, refuse_other_manifests
 from evaluation.manifest import build_manifest, load_manifest, save_manifest
-from evaluation.systems import SystemEntry, open_writer
 from evaluation.tasks import TASKS, TaskConfig, load_task, open_pool
 from megatext.config import ConfigError
 from megatext.data import DataError
@@ -20,9 +23,9 @@ def test_prefix_and_target_are_the_document(task_file: Path, tmp_path: Path) -> 
     for sample in manifest.samples:
         assert any(document.startswith(sample.prefix + sample.target) for document in documents)
         assert len(sample.prefix.split()) == len(sample.target.split()) == 10
+        assert (sample.split, sample.end) == (len(sample.prefix), len(sample.prefix + sample.target))
     save_manifest(manifest, tmp_path)
-    loaded = load_manifest(tmp_path)
-    assert (loaded.samples, loaded.hash) == (manifest.samples, manifest.hash)
+    assert load_manifest(tmp_path) == manifest
 
 
 def test_a_smaller_task_is_a_prefix_and_order_of_the_pool_does_not_matter(task_file: Path, tmp_path: Path) -> None:
@@ -32,6 +35,41 @@ def test_a_smaller_task_is_a_prefix_and_order_of_the_pool_does_not_matter(task_f
     source = Path(task.source)
     source.write_text("".join(reversed(source.read_text().splitlines(keepends=True))))
     assert build_manifest(task).hash == whole.hash
+    # A document more moves at most one sample, and the hash with it.
+    source.write_text(source.read_text() + json.dumps({"text": make_texts(1, seed=9)[0]}) + "\n")
+    more = build_manifest(task)
+    assert len(set(whole.samples) - set(more.samples)) <= 1 and (more.hash != whole.hash) == (more != whole)
+
+
+def test_others_are_the_documents_that_rank_next(task_file: Path) -> None:
+    task = load_task(str(task_file))
+    manifest = build_manifest(task)
+    ids = [sample.id for sample in manifest.samples + manifest.others]
+    assert len(manifest.others) == 20 and len(set(ids)) == 40
+    small = build_manifest(replace(task, n=5))
+    assert small.others == manifest.samples[5:10]
+    assert build_manifest(replace(task, n=21)).others == ()  # 40 documents are too few
+
+
+def test_the_hash_covers_everything(task_file: Path, tmp_path: Path) -> None:
+    task = load_task(str(task_file))
+    manifest = build_manifest(task)
+    changes = [{"seed": 1}, {"max_tokens": 21}, {"min_tokens": 19}, {"name": "other"}, {"split_fraction": (0.5, 0.51)}]
+    hashes = {build_manifest(replace(task, **change)).hash for change in changes}  # type: ignore[arg-type]
+    assert len(hashes | {manifest.hash}) == 6
+    for name, old, new in [
+        ("manifest.jsonl", "cat", "dog"),
+        ("others.jsonl", "cat", "dog"),
+        ("manifest.json", '"seed": 0', '"seed": 2'),
+    ]:
+        save_manifest(manifest, tmp_path)
+        path = tmp_path / name
+        path.write_text(path.read_text().replace(old, new, 1))
+        with pytest.raises(DataError, match="changed by hand"):
+            load_manifest(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(DataError, match="manifest --output"):
+        load_manifest(tmp_path)
 
 
 def test_split_fraction_stays_in_its_range(task_file: Path) -> None:
@@ -40,14 +78,36 @@ def test_split_fraction_stays_in_its_range(task_file: Path) -> None:
     assert 0.3 <= min(fractions) < 0.45 and 0.55 < max(fractions) <= 0.7
 
 
-def test_cut_never_breaks_a_character(tmp_path: Path, tiny_lm: Path) -> None:
-    """Every character here is several byte tokens, so nearly every split by tokens would fall inside one."""
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"{i} " + "日本語テキスト" * 20 for i in range(8)))
-    task = TaskConfig("bytes", str(text), n=8, min_tokens=20, max_tokens=50, reference_tokenizer=str(tiny_lm))
-    for sample in build_manifest(task).samples:
-        assert "\ufffd" not in sample.prefix + sample.target
-        assert any(document.startswith(sample.prefix + sample.target) for document in text.read_text().split("\n\n"))
+@given(st.lists(st.text("ab é日🧙\n", min_size=1, max_size=60), min_size=1, max_size=5))
+def test_cut_never_breaks_a_character(tiny_lm: Path, texts: list[str]) -> None:
+    """Nearly every character is several byte tokens, so nearly every split by tokens would fall inside one."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "texts.jsonl"
+        path.write_text("".join(json.dumps({"text": text + "."}) + "\n" for text in texts))
+        task = TaskConfig("bytes", str(path), n=1, min_tokens=4, max_tokens=12, reference_tokenizer=str(tiny_lm))
+        try:
+            manifest = build_manifest(task)
+        except ConfigError:
+            return  # all too short
+    for sample in manifest.samples:
+        document = sample.prefix + sample.target
+        assert any((text + ".").strip().startswith(document) for text in texts) and "\ufffd" not in document
+        assert sample.prefix.strip() and sample.target.strip() and sample.n_ref_tokens <= 12
+
+
+def test_a_long_document_is_cut_as_if_it_ended_there(tmp_path: Path, tiny_lm: Path) -> None:
+    """Only the beginning of a book is tokenized: the cut must not notice."""
+    long = " ".join(make_texts(40))
+    path = tmp_path / "long.txt"
+    path.write_text(long)
+    task = TaskConfig(
+        "long", str(path), n=1, max_tokens=30, split_fraction=(0.5, 0.5), reference_tokenizer=str(tiny_lm)
+    )
+    (sample,) = build_manifest(task).samples
+    path.write_text(long[:1000])
+    assert (build_manifest(task).samples[0].target, 30) == (sample.target, sample.n_ref_tokens)
 
 
 def test_too_few_documents_says_how_many(task_file: Path) -> None:
@@ -60,6 +120,39 @@ def test_missing_source_and_task_say_so(tmp_path: Path) -> None:
         build_manifest(TaskConfig("x", str(tmp_path / "none.jsonl")))
     with pytest.raises(ConfigError, match="shipped tasks: .*tinystories"):
         load_task("tinystorys")
+    with pytest.raises(ConfigError, match="the name becomes a folder"):
+        TaskConfig("a/b", "x")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "a b c d e f g h"}\n{"text": \n')
+    with pytest.raises(DataError, match="broken.jsonl, line 2: not JSON .*mend"):
+        open_pool(TaskConfig("x", str(broken)))
+
+
+def test_one_set_of_documents_in_every_form_is_one_manifest(tmp_path: Path) -> None:
+    """A hub data set with ids, a copy of it on disk, and a folder of its parquet files; texts without ids as JSON
+    lines, packed or not, as lines, and between separators."""
+    datasets = pytest.importorskip("datasets")
+    texts = make_texts(20, words=12)
+    data = datasets.Dataset.from_dict({"id": [f"page {i}" for i in range(20)], "text": texts})
+    datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "snapshot").mkdir()
+    data.to_parquet(tmp_path / "snapshot" / "train-00000.parquet")
+    sources = [f"hf:{tmp_path}/saved:train", f"hf:{tmp_path}/snapshot:train", str(tmp_path / "snapshot")]
+    task = TaskConfig("forms", "", n=8, reference_tokenizer=None)
+    with_ids = [build_manifest(replace(task, source=source)) for source in sources]
+    assert len({manifest.hash for manifest in with_ids}) == 1 and with_ids[0].samples[0].id.startswith("page")
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "a.tokens").write_text("\n".join(texts))
+    (tmp_path / "blank.txt").write_text("\n\n".join(texts))
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(texts))
+    units = {"a.tokens": "line", "blank.txt": "blank_line"}
+    without = [
+        build_manifest(replace(task, source=str(tmp_path / name), text_unit=units.get(name, "separator")))  # type: ignore[arg-type]
+        for name in ("a.jsonl", "a.jsonl.gz", "a.tokens", "blank.txt", "a.txt")
+    ]
+    assert len({manifest.hash for manifest in without}) == 1 and without[0].hash != with_ids[0].hash
 
 
 def test_a_split_of_shards_is_a_source(tmp_path: Path, tokenizer_directory: Path) -> None:
@@ -70,31 +163,37 @@ def test_a_split_of_shards_is_a_source(tmp_path: Path, tokenizer_directory: Path
     shard([str(text)], str(tokenizer_directory), shards, shard_tokens=300, validation_fraction=0.2, test_fraction=0.4)
     read = []
     for split in ("train", "validation", "test"):
-        pool = open_pool(f"shards:{shards}:{split}")
-        assert pool.lengths is not None and len(pool.ids) == len(pool.lengths)
-        documents = [pool.read(index) for index in range(len(pool.ids))]
-        assert all(len(ids) + 1 == length for ids, length in zip(documents, pool.lengths, strict=True))
-        read += [pool.tokenizer.decode(ids) for ids in documents]
+        pool = open_pool(TaskConfig("x", f"shards:{shards}:{split}"))
+        read += pool.read(range(len(pool.ids)))
     assert sorted(read) == sorted(texts)
+    task = TaskConfig("x", f"shards:{shards}:train", n=3, reference_tokenizer=None)
+    own = replace(task, reference_tokenizer=str(tokenizer_directory))
+    assert build_manifest(task).hash == build_manifest(own).hash  # null is the shards' own
     with pytest.raises(DataError, match="has no split dev"):
-        open_pool(f"shards:{shards}:dev")
+        open_pool(TaskConfig("x", f"shards:{shards}:dev"))
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in TASKS.glob("*.yaml")))
-def test_shipped_tasks_are_valid(name: str) -> None:
-    assert load_task(name).name == name
+def test_shipped_tasks_follow_the_paper(name: str) -> None:
+    task = load_task(name)
+    assert (task.name, task.n, task.max_tokens, task.split_fraction) == (name, 1000, 1024, (0.4, 0.6))
+    assert task.source.startswith("hf:") and "Qwen3" in str(task.reference_tokenizer)
 
 
-def test_results_of_another_manifest_are_refused(task_file: Path, tmp_path: Path) -> None:
-    task = load_task(str(task_file))
-    first, second = build_manifest(task), build_manifest(replace(task, seed=1))
-    texts = [sample.target for sample in first.samples]
-    written = Generations(SystemEntry("human", "human"), "f", None, None, first.hash, 0, texts, None, None, None, [])
-    with pytest.raises(DataError, match="never compared"):
-        refuse_other_manifests([written], second, "here")
-    foreign = tmp_path / "foreign.jsonl"
-    foreign.write_text(f'{{"id": "1", "text": "x", "manifest": "{first.hash}"}}\n')
-    with pytest.raises(DataError, match="generate again"):
-        open_writer(SystemEntry("x", f"jsonl:{foreign}"), second, judge_dir=None, device="cpu")
-    with pytest.raises(DataError, match="generate --output"):
-        load_generations(tmp_path, first)
+@pytest.mark.parametrize(
+    ("name", "source", "documents"),
+    [
+        ("tinystories", "tinystories/stories_3000.jsonl.gz", 3000),
+        ("lm1b", "lm1b/1b_benchmark.dev.tokens", 12000),
+        ("wikipedia", "wikipedia", 4000),
+        ("wikisource", "wikisource_like", 19),
+    ],
+)
+def test_shipped_tasks_on_real_text(shared_data: Path, name: str, source: str, documents: int) -> None:
+    qwen3 = str(shared_data / "tokenizers" / "qwen3")
+    manifest = build_manifest(load_task(name, source=str(shared_data / source), tokenizer=qwen3, limit=16))
+    assert len(manifest.samples) == 16 and manifest.task["documents"] >= documents
+    for sample in manifest.samples:
+        assert 8 <= sample.n_ref_tokens <= 1024 and 0.4 <= sample.split_fraction < 0.6
+        share = 1 - sample.n_ref_target_tokens / sample.n_ref_tokens
+        assert abs(share - sample.split_fraction) <= 0.5 / sample.n_ref_tokens + 1e-6
