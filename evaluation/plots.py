@@ -43,9 +43,9 @@ def metrics_plot(results: dict[str, Any]) -> bytes | None:
 def _bars(ax: Any, systems: Sequence[dict[str, Any]], key: str) -> None:
     places = np.arange(len(systems))[::-1]
     shown = [(place, system, number(system, key)) for place, system in zip(places, systems, strict=True)]
-    # Beside the human's own 100 and the perplexity of shuffled words all others would lie flat.
-    extreme = ("human", "shuffled")
-    values = [value for _, s, value in shown if value is not None and s["system"] not in extreme]
+    logarithmic = key == "generative_perplexity"
+    # Beside the human's own 100 all others would lie flat.
+    values = [value for _, s, value in shown if value is not None and (s["system"] != "human" or logarithmic)]
     limit = 1.12 * max(values or [value for _, _, value in shown if value is not None]) or 1.0
     for place, system, value in shown:
         if value is None:
@@ -61,7 +61,9 @@ def _bars(ax: Any, systems: Sequence[dict[str, Any]], key: str) -> None:
             ax.text(limit * 0.98, place, f"{value:.4g} ▸", ha="right", va="center", fontsize=7)
     ax.set_yticks(places, [system["name"] for system in systems], fontsize=8)
     ax.tick_params(axis="x", labelsize=7)
-    ax.set_xlim(0, limit)
+    if logarithmic:
+        ax.set_xscale("log")
+    ax.set_xlim(1 if logarithmic else 0, 1.5 * limit if logarithmic else limit)
     ax.set_title(BY_KEY[key].heading, fontsize=9)
     ax.grid(axis="y", visible=False)
 

@@ -19,7 +19,8 @@ from megatext.data import DataError
 _TEMPLATE = Path(__file__).parent / "report.html.j2"
 _PUBLISHED = Path(__file__).parent / "published.yaml"
 _PAPER = tuple(column.key for column in COLUMNS if column.family == "paper")
-_MORE = tuple(column.key for column in COLUMNS if column.family != "paper" and column.key != "nll")
+# The rest is in the CSV: nll is the logarithm of the perplexity.
+_MORE = tuple(c.key for c in COLUMNS if c.family != "paper" and c.key not in ("nll", "distinct3"))
 _NO_TEXT = "(nothing)"
 
 
@@ -119,6 +120,7 @@ def _role(system: dict[str, Any]) -> str:
 def _paper_table(tasks: Sequence[TaskResults]) -> Table:
     """TextLDM's Table 1: systems down, the five metrics of every task across; published rows below ours."""
     shown = {task.name: _with_values(task, _PAPER) for task in tasks}
+    protocol = {task.name for task in tasks if _is_published_protocol(task)}
     systems: dict[str, dict[str, dict[str, Any]]] = {}
     for task in tasks:
         for system in task.results["systems"]:
@@ -131,7 +133,7 @@ def _paper_table(tasks: Sequence[TaskResults]) -> Table:
             for key in shown[task.name]
         ]
         rows.append(Row(name, _role(next(iter(by_task.values()))), cells))
-    rows += _published_rows(shown)
+    rows += _published_rows(shown, protocol)
     notes = list(dict.fromkeys(note for task in tasks for note in _notes(task, _PAPER)))
     if rows[-1].role == "published":
         notes.append(
@@ -171,16 +173,22 @@ def _published() -> dict[str, Any]:
     return yaml.load(_PUBLISHED.read_text(), Loader=yaml.BaseLoader)  # type: ignore[no-any-return]
 
 
-def _published_rows(shown: dict[str, list[str]]) -> list[Row]:
+def _is_published_protocol(task: TaskResults) -> bool:
+    """Whether documents were cut and split as in the published table: other lengths give other numbers."""
+    rules = task.results["manifest"]
+    return rules["max_tokens"] == 1024 and rules["split_fraction"] == [0.4, 0.6]
+
+
+def _published_rows(shown: dict[str, list[str]], protocol: set[str]) -> list[Row]:
     """Rows of other people's tables, for the tasks and columns that are shown here."""
     data = _published()
     rows = []
     for name, by_task in data["rows"].items():
-        if not by_task.keys() & shown.keys():
+        if not by_task.keys() & protocol:
             continue
         cells = []
         for task, keys in shown.items():
-            values = dict(zip(data["metrics"], by_task.get(task, []), strict=False))
+            values = dict(zip(data["metrics"], by_task.get(task, []) if task in protocol else [], strict=False))
             cells += [Cell(values[key], sort=values[key]) if key in values else Cell("-") for key in keys]
         rows.append(Row(name, "published", cells))
     return rows
@@ -197,7 +205,12 @@ def _cell(system: dict[str, Any], key: str) -> Cell:
         title = f"{metric['spread_kind']}, n = {metric['n']}"
         if metric.get("ci95"):
             title += f"; 95 % interval {metric['ci95'][0]:.{digits}f} to {metric['ci95'][1]:.{digits}f}"
-    for name, label in (("seed25", "seed 25"), ("star", "MAUVE*"), ("truncated_share", "share of pairs cut")):
+    for name, label in (
+        ("seed_sd", "SD over k-means seeds"),
+        ("seed25", "seed 25"),
+        ("star", "MAUVE*"),
+        ("truncated_share", "share of pairs cut"),
+    ):
         if name in metric:
             title += f"; {label} {metric[name]:.{digits if name != 'truncated_share' else 3}f}"
     bare = text.rstrip(MARKS)
@@ -229,7 +242,7 @@ def _csv(tasks: Sequence[TaskResults]) -> str:
                 where = [task.name, task.results["manifest"]["hash"], system["name"], "no", name]
                 writer.writerow([*where, *fields, metric["n"], metric["unit"]])
     data = _published()
-    for task in tasks:
+    for task in filter(_is_published_protocol, tasks):
         for name, by_task in data["rows"].items():
             for metric, value in zip(data["metrics"], by_task.get(task.name, []), strict=False):
                 writer.writerow([task.name, "", name, "yes", metric, value, *[None] * 4, 1000, "percent"])

@@ -36,7 +36,7 @@ def report(tmp_path_factory: pytest.TempPathFactory, tiny_lm: Path) -> Path:
     for name in ("wikipedia", "mine"):
         task = folder / f"{name}.yaml"
         task.write_text(
-            f"name: {name}\nsource: {documents}\nn: 10\nmin_tokens: 20\nmax_tokens: 40\nreference_tokenizer: null\n"
+            f"name: {name}\nsource: {documents}\nn: 10\nmin_tokens: 20\nmax_tokens: 1024\nreference_tokenizer: null\n"
         )
         arguments += ["--task", str(task)]
     main(arguments)

@@ -270,7 +270,9 @@ def test_two_tasks_share_a_report_in_the_paper_s_layout(
     tasks = []
     for name in ("tinystories", "mine"):
         path = tmp_path / f"{name}.yaml"
-        path.write_text(task_file.read_text().replace("name: tiny", f"name: {name}"))
+        paper = "max_tokens: 1024\nsplit_fraction: [0.4, 0.6]"
+        text = task_file.read_text().replace("name: tiny", f"name: {name}")
+        path.write_text(text.replace("max_tokens: 20\nsplit_fraction: [0.5, 0.5]", paper))
         tasks += ["--task", str(path)]
     common = ["--metrics", "rouge,diversity", "--system", "other=other", "--output", str(tmp_path / "out")]
     main(["run", *tasks, *common, "--limit", "8"])
@@ -282,6 +284,11 @@ def test_two_tasks_share_a_report_in_the_paper_s_layout(
     assert published == "| TextLDM 114M (published) | 36.7 | 7.8 | 20.7 | - | - | - |"
     assert any("Other documents, lengths and scoring models" in line for line in markdown)
     assert "tinystories,,TextLDM 114M,yes,mauve,1.00" in (tmp_path / "out" / "table.csv").read_text()
+    # Other lengths than the published ones: no published numbers beside them.
+    path.write_text(text.replace("name: mine", "name: tinystories"))
+    main(["run", "--task", str(path), *common[:-1], str(tmp_path / "short"), "--limit", "8"])
+    assert "published" not in (tmp_path / "short" / "table.md").read_text()
+    capsys.readouterr()
     with pytest.raises(SystemExit):
         main(["run", *tasks, *common, "--source", "one"])
     assert "2 tasks and 1 sources" in capsys.readouterr().err
