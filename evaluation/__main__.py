@@ -65,8 +65,12 @@ def _output(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory of all stages")
 
 
+_SOURCE = "other documents: a file, a folder, hf:NAME[:CONFIG]:SPLIT, shards:DIR:SPLIT"
+
+
 def _one_task(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--task", required=True, metavar="TASK", help="task file, or the name of a shipped one")
+    sub.add_argument("--source", metavar="SOURCE", help=_SOURCE)
 
 
 def _tasks(sub: argparse.ArgumentParser) -> None:
@@ -74,13 +78,10 @@ def _tasks(sub: argparse.ArgumentParser) -> None:
         "--task", required=True, action="append", metavar="TASK",
         help="task file, or the name of a shipped one; several are written to DIR/NAME each and share a report",
     )  # fmt: skip
+    sub.add_argument("--source", action="append", metavar="SOURCE", help=f"{_SOURCE}; with several tasks one each")
 
 
 def _task_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--source", action="append", metavar="SOURCE",
-        help="other documents: a file, a folder, hf:NAME[:CONFIG]:SPLIT, shards:DIR:SPLIT; with several tasks one each",
-    )  # fmt: skip
     sub.add_argument("--reference-tokenizer", metavar="DIR", help="decides cuts instead of the task's")
     sub.add_argument("--limit", type=int, metavar="N", help="no more than N samples, the first of the task's")
 
@@ -119,7 +120,11 @@ def _score_options(sub: argparse.ArgumentParser) -> None:
 
 def _results_option(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--results", type=Path, nargs="+", metavar="DIR", help="scored directories of several tasks, side by side"
+        "--results",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="scored directories, a task each (default: --output, or the folders in it)",
     )
 
 
@@ -162,17 +167,19 @@ def _device(arguments: argparse.Namespace) -> str:
 
 
 def _manifest(arguments: argparse.Namespace) -> None:
-    sources = arguments.source or [None]
-    _build(arguments.task, sources[0], arguments, arguments.output)
+    _build(arguments.task, arguments.source, arguments, arguments.output)
 
 
 def _build(task: str, source: str | None, arguments: argparse.Namespace, output: Path) -> "Manifest":
-    from evaluation.manifest import build_manifest, save_manifest
+    from evaluation.manifest import build_manifest, save_manifest, stored_manifest
     from evaluation.tasks import load_task
 
     config = load_task(task, source=source, tokenizer=arguments.reference_tokenizer, limit=arguments.limit)
-    manifest = build_manifest(config)
-    path = save_manifest(manifest, output)
+    manifest = stored_manifest(config, output)
+    if manifest is None:
+        manifest = build_manifest(config)
+        save_manifest(manifest, output)
+    path = output / "manifest.jsonl"
     print(
         f"{path}: {len(manifest.samples)} samples of {manifest.task['documents']} documents, "
         f"{len(manifest.others)} others, hash {manifest.hash[:12]}"
@@ -211,7 +218,7 @@ def _score_config(arguments: argparse.Namespace) -> "ScoreConfig":
     from evaluation.scoring import ScoreConfig
 
     return ScoreConfig(
-        metrics=tuple(arguments.metrics.split(",")),
+        metrics=tuple(name.strip() for name in arguments.metrics.split(",") if name.strip()),
         judge=arguments.judge or LARGE,
         featuriser=arguments.featuriser,
         bertscore_model=arguments.bertscore_model,
@@ -275,10 +282,11 @@ def _compare(arguments: argparse.Namespace) -> None:
 
     rows = []
     for text in arguments.rows:
-        directory, colon, name = text.rpartition(":")
-        if not colon or not name:
-            raise ConfigError(f"{text}: write DIR:SYSTEM, e.g. runs/eval:dit")
-        rows.append((Path(directory), name))
+        # Both may hold a colon: the directory is what is one.
+        cuts = [i for i, letter in enumerate(text) if letter == ":" and Path(text[:i]).is_dir() and text[i + 1 :]]
+        if not cuts:
+            raise ConfigError(f"{text}: write DIR:SYSTEM, e.g. runs/eval:dit, with a directory that is there")
+        rows.append((Path(text[: cuts[0]]), text[cuts[0] + 1 :]))
     if len(rows) < 2:
         raise ConfigError("compare needs two rows or more; the last is the one that the others are compared with")
     comparison = compare(rows, cache=arguments.cache, seed=arguments.seed)
@@ -288,7 +296,9 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    _write_report(arguments.results or [arguments.output], arguments)
+    below = sorted(path.parent for path in arguments.output.glob("*/results.json"))
+    own = (arguments.output / "results.json").exists() or not below
+    _write_report(arguments.results or ([arguments.output] if own else below), arguments)
 
 
 def _write_report(results: Sequence[Path], arguments: argparse.Namespace) -> None:
@@ -299,33 +309,42 @@ def _write_report(results: Sequence[Path], arguments: argparse.Namespace) -> Non
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from evaluation.estimate import describe, plan_generation, plan_scoring
+    from evaluation.estimate import describe, known_texts, plan_generation, plan_scoring
     from evaluation.generation import generate_all
     from evaluation.scoring import Models
+    from evaluation.systems import open_system
     from evaluation.tasks import load_task
     from megatext.config import ConfigError
 
     entries, config = _entries(arguments), _score_config(arguments)
-    Models(config, "cpu")  # a model that is missing is missed before the first text is written, not after an hour
     sources = arguments.source or [None] * len(arguments.task)
     if len(sources) != len(arguments.task):
         raise ConfigError(f"{len(arguments.task)} tasks and {len(sources)} sources: give one --source for each --task")
     outputs = [arguments.output / load_task(task).name for task in arguments.task]
     if len(set(outputs)) < len(outputs):
         raise ConfigError("two tasks have one name: what is written of them would be one")
+    manifests = [
+        _build(task, source, arguments, output)
+        for task, source, output in zip(arguments.task, sources, outputs, strict=True)
+    ]
+    settings = [_settings(arguments, output) for output in outputs]
+    for manifest, own in zip(manifests, settings, strict=True):
+        # What is missing is missed before the first text is written, not after an hour.
+        Models(config, len(manifest.samples), "cpu")
+        for entry in entries:
+            open_system(entry, manifest, judge=own.judge)
+    if arguments.dry_run:
+        for manifest, own in zip(manifests, settings, strict=True):
+            plan = plan_generation(manifest, entries, own)
+            texts = known_texts(manifest, entries, own)
+            print(describe(plan + plan_scoring(manifest, texts, config, own.cache, own.device)))
+        return
     tables = []
-    for task, source, output in zip(arguments.task, sources, outputs, strict=True):
-        manifest, settings = _build(task, source, arguments, output), _settings(arguments, output)
-        if arguments.dry_run:
-            plan = plan_generation(manifest, entries, settings)
-            plan += plan_scoring(manifest, [None] * len(entries), config, settings.cache, settings.device)
-            print(describe(plan))
-            continue
-        generate_all(manifest, entries, settings, output)
+    for manifest, own, output in zip(manifests, settings, outputs, strict=True):
+        generate_all(manifest, entries, own, output)
         tables.append(_scored(arguments, output))
-    if not arguments.dry_run:
-        _write_report(outputs, arguments)
-        print("\n" + "\n\n".join(tables) + "\n")
+    _write_report(outputs, arguments)
+    print("\n" + "\n\n".join(tables) + "\n")
 
 
 if __name__ == "__main__":

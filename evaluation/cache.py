@@ -50,10 +50,14 @@ class Cache:
         values = self._load()
         return [key for key in dict.fromkeys(keys) if key not in values]
 
-    def stacked(self, keys: Sequence[str]) -> np.ndarray:
-        """`packed` vectors as float32 [len(keys), width]; all of them must be there."""
+    def values(self, keys: Sequence[str]) -> list[Any]:
+        """The value of each key; all of them must be there."""
         values = self._load()
-        return np.stack([np.frombuffer(base64.b64decode(values[key]), dtype="<f4") for key in keys])
+        return [values[key] for key in keys]
+
+    def stacked(self, keys: Sequence[str]) -> np.ndarray:
+        """The `packed` vectors under "feature" as float32 [len(keys), width]; all of them must be there."""
+        return np.stack([np.frombuffer(base64.b64decode(v["feature"]), dtype="<f4") for v in self.values(keys)])
 
     def _load(self) -> dict[str, Any]:
         if self._values is None:

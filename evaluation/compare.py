@@ -1,9 +1,8 @@
 """The compare stage: systems on the same samples, paired with one of them."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evaluation.cache import Cache, key_of
 from evaluation.files import read_jsonl
@@ -14,6 +13,9 @@ from evaluation.statistics import holm, paired
 from evaluation.table import BY_KEY
 from megatext.config import ConfigError
 from megatext.data import DataError
+
+if TYPE_CHECKING:
+    from evaluation.metrics.mauve import MauveDifference
 
 PAIRED = ("rouge1", "rouge2", "rougeL", "bertscore", "nll", "repetition4")
 """Metrics that every sample has of its own."""
@@ -33,7 +35,10 @@ def compare(rows: Sequence[tuple[Path, str]], *, cache: Path | None = None, seed
         _refuse(results[0], other, rows[0][0], path)
     sides = [_samples(path, name) for path, name in rows]
     found: list[dict[str, Any]] = []
-    for (_, name), side in zip(rows[:-1], sides[:-1], strict=True):
+    notes: list[str] = []
+    # Rows of one name in two directories are told apart by their directories.
+    names = [name if len({n for _, n in rows}) == len(rows) else f"{path}:{name}" for path, name in rows]
+    for (path, _), name, side in zip(rows[:-1], names[:-1], sides[:-1], strict=True):
         for metric in PAIRED:
             values = [
                 (left[metric], right[metric])
@@ -46,8 +51,12 @@ def compare(rows: Sequence[tuple[Path, str]], *, cache: Path | None = None, seed
                     "system": name, "metric": metric, "n": len(values), "difference": d.mean, "ci95": list(d.ci95),
                     "p": d.p, "wins": d.wins, "test": "sign flips",
                 })  # fmt: skip
-        mauve = _mauve(rows[0][0], results[0], side, sides[-1], cache or rows[0][0] / "cache")
-        if mauve is not None:
+        mauve = _mauve(
+            results[0], rows[0][0], (cache or path / "cache", side), (cache or rows[-1][0] / "cache", sides[-1])
+        )
+        if isinstance(mauve, str):
+            notes.append(f"{name}: no difference of MAUVE, {mauve}")
+        else:
             margin = 100 * 1.96 * mauve.error
             found.append({
                 "system": name, "metric": "mauve", "n": len(side), "difference": 100 * mauve.mean,
@@ -57,7 +66,8 @@ def compare(rows: Sequence[tuple[Path, str]], *, cache: Path | None = None, seed
     for row, p in zip(found, holm([row["p"] for row in found]), strict=True):
         row["p_holm"] = p
     return {
-        "baseline": rows[-1][1], "manifest": results[0]["manifest"]["hash"], "seed": seed, "differences": found,
+        "baseline": names[-1], "manifest": results[0]["manifest"]["hash"], "seed": seed, "differences": found,
+        "notes": notes,
     }  # fmt: skip
 
 
@@ -80,7 +90,7 @@ def comparison_table(comparison: dict[str, Any]) -> str:
     lines.append(f"p (Holm) holds for all {len(rows)} lines together; wins are samples, ties count half.")
     if any(row["metric"] == "mauve" for row in rows):
         lines.append("MAUVE: all three texts clustered together; interval and p by the normal approximation.")
-    return "\n".join(lines)
+    return "\n".join([*lines, *comparison["notes"]])
 
 
 def _refuse(first: dict[str, Any], other: dict[str, Any], path: Path, other_path: Path) -> None:
@@ -106,19 +116,26 @@ def _samples(path: Path, name: str) -> dict[str, dict[str, Any]]:
     return records
 
 
-def _mauve(
-    path: Path, results: dict[str, Any], a: dict[str, dict[str, Any]], b: dict[str, dict[str, Any]], folder: Path
-) -> Any:
-    """The MauveDifference of two rows, None where MAUVE was not scored or its features are gone."""
+Side = tuple[Path, dict[str, dict[str, Any]]]
+"""A row's cache and its samples by id."""
+
+
+def _mauve(results: dict[str, Any], directory: Path, a: Side, b: Side) -> "MauveDifference | str":
+    """The difference of two rows, or why there is none."""
     from evaluation.metrics.mauve import difference
 
     if "mauve" not in results["parameters"]:
-        return None
-    config, samples = results["config"], load_manifest(path).samples
-    cache = Cache(folder, *feature_key(results["models"]["featuriser"]["weights"], config["dtype"]))
-    sets = [[s.target for s in samples], *([side[s.id]["text"] for s in samples] for side in (a, b))]
-    keys = [[key_of(text) for text in feature_texts(samples, texts, config["mauve_text"])] for texts in sets]
-    if any(cache.missing(own) for own in keys):
-        return None
-    found = difference(*(cache.stacked(own) for own in keys), seeds=config["mauve_seeds"])
-    return found if math.isfinite(found.mean) else None
+        return "MAUVE was not scored"
+    config, samples = results["config"], load_manifest(directory).samples
+    where = feature_key(results["models"]["featuriser"]["weights"], config["dtype"])
+    sets = []
+    for folder, texts in (
+        (a[0], [sample.target for sample in samples]),
+        *((folder, [side[sample.id]["text"] for sample in samples]) for folder, side in (a, b)),
+    ):
+        cache = Cache(folder, *where)
+        keys = [key_of(text) for text in feature_texts(samples, texts, config["mauve_text"])]
+        if cache.missing(keys):
+            return f"its features are not in {folder}: give --cache DIR, or score again"
+        sets.append(cache.stacked(keys))
+    return difference(*sets, seeds=config["mauve_seeds"])

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import numpy as np
 from evaluation.cache import Cache, key_of
 from evaluation.generation import Settings, cache_of, item_key, items_of
 from evaluation.manifest import Manifest
-from evaluation.scorers import feature_key, feature_texts
+from evaluation.scorers import bertscore_key, feature_key, feature_texts, nll_key, pair_key
 from evaluation.scoring import Models, ScoreConfig
 from evaluation.systems import SystemEntry, open_system
+from evaluation.systems.base import Item, System
 
 _PROBE_SECONDS = 10.0
 """No measurement is begun that would take longer, judging by the one before."""
@@ -34,53 +35,82 @@ class Work:
 
 
 def plan_generation(manifest: Manifest, entries: Sequence[SystemEntry], settings: Settings) -> list[Work]:
-    """What `generate` would do. Writes a few texts with each system that is not cached, and keeps none of them."""
+    """What `generate` would do. Writes some shortened texts with each system that is not cached, and keeps none."""
     plan = []
-    for entry in entries:
-        system = open_system(entry, manifest, judge=settings.judge, device=settings.device)
+    systems = [open_system(entry, manifest, judge=settings.judge, device=settings.device) for entry in entries]
+    for entry, system in zip(entries, systems, strict=True):
         continuations, passages = items_of(manifest, entry, settings.length)
         for kind, items in (("continuations", continuations), ("unconditional", passages)):
-            if not items:
-                continue
-            missing = set(cache_of(system, settings, kind).missing([item_key(item) for item in items]))
-            todo = [item for item in items if item_key(item) in missing]
-
-            def write(places: Sequence[int], todo: Any = todo, system: Any = system) -> None:
-                system.generate([todo[place] for place in places], settings.seed)
-
-            weights = [item.length.tokens or len(item.target) for item in todo]
-            seconds = _probe(write, weights, entry.batch_size) if system.timed else 0.0
-            plan.append(Work(f"{entry.name}, {kind}", len(items), len(items) - len(todo), seconds))
+            if items:
+                missing = set(cache_of(system, settings, kind).missing([item_key(item) for item in items]))
+                todo = [item for item in items if item_key(item) in missing]
+                seconds = _probe_writing(system, todo, entry.batch_size, settings.seed) if system.timed else 0.0
+                plan.append(Work(f"{entry.name}, {kind}", len(items), len(items) - len(todo), seconds))
     return plan
+
+
+def known_texts(manifest: Manifest, entries: Sequence[SystemEntry], settings: Settings) -> list[list[str] | None]:
+    """Every system's texts as far as they are there or cost nothing; None for a system that has yet to write."""
+    found: list[list[str] | None] = []
+    for entry in entries:
+        system = open_system(entry, manifest, judge=settings.judge, device=settings.device)
+        items, _ = items_of(manifest, entry, settings.length)
+        cache, keys = cache_of(system, settings, "continuations"), [item_key(item) for item in items]
+        if not system.timed:
+            found.append([written.text for written in system.generate(items, settings.seed)])
+        elif cache.missing(keys):
+            found.append(None)
+        else:
+            found.append([value["text"] for value in cache.values(keys)])
+    return found
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the plans of all families are made from."""
+
+    manifest: Manifest
+    texts: Sequence[Sequence[str] | None]
+    config: ScoreConfig
+    cache: Path
+    models: Models
+
+    @property
+    def targets(self) -> list[str]:
+        return [sample.target for sample in self.manifest.samples]
+
+    def work(self, what: str, total: int, cached: int, seconds: float) -> Work:
+        """`seconds` for all; what is cached costs nothing."""
+        return Work(what, total, cached, seconds * (total - cached) / max(1, total))
 
 
 def plan_scoring(
     manifest: Manifest, texts: Sequence[Sequence[str] | None], config: ScoreConfig, cache: Path, device: str
 ) -> list[Work]:
     """What `score` would do for these systems; None stands for texts that are not written yet, which are taken to be
-    like the human ones. Reads a few texts with each model whose results are not cached."""
-    models = Models(config, device)
-    return [_PLANS[name](manifest, texts, config, cache, models) for name in _PLANS if name in config.metrics]
+    like the human ones. Reads some texts with each model whose results are not cached."""
+    plan = _Plan(manifest, texts, config, cache, Models(config, len(manifest.samples), device))
+    return [_PLANS[name](plan) for name in _PLANS if name in config.metrics]
 
 
-def _plan_rouge(manifest: Manifest, texts: Any, config: ScoreConfig, cache: Path, models: Models) -> Work:
+def _plan_rouge(plan: _Plan) -> Work:
     from evaluation.metrics.rouge import rouge
 
-    targets = [sample.target for sample in manifest.samples]
+    targets = plan.targets
 
     def run(places: Sequence[int]) -> None:
         for place in places:
-            rouge(targets[place], targets[place - 1], stem=config.stem)
+            rouge(targets[place], targets[place - 1], stem=plan.config.stem)
 
-    seconds = _probe(run, [len(target) for target in targets], 256)
-    return Work("rouge", len(texts) * len(targets), 0, seconds * len(texts))
+    total = len(plan.texts) * len(targets)
+    return plan.work("rouge", total, 0, len(plan.texts) * _probe(run, [len(target) for target in targets], 256))
 
 
-def _plan_diversity(manifest: Manifest, texts: Any, config: ScoreConfig, cache: Path, models: Models) -> Work:
+def _plan_diversity(plan: _Plan) -> Work:
     from evaluation.metrics import diversity
     from evaluation.statistics import jackknife_error
 
-    words = [sample.target.split() for sample in manifest.samples]
+    words = [target.split() for target in plan.targets]
 
     def run(places: Sequence[int]) -> None:
         rows = [words[place] for place in places]
@@ -88,42 +118,59 @@ def _plan_diversity(manifest: Manifest, texts: Any, config: ScoreConfig, cache: 
         for n in (1, 2, 3, 4):
             jackknife_error(rows, lambda pool, n=n: diversity.distinct_n(pool, n))  # type: ignore[misc]
 
-    return Work("diversity", len(texts) * len(words), 0, _probe(run, [len(row) for row in words], 256) * len(texts))
+    seconds = _probe(run, [len(row) for row in words], 256)
+    return plan.work("diversity", len(plan.texts) * len(words), 0, len(plan.texts) * seconds)
 
 
-def _plan_perplexity(manifest: Manifest, texts: Any, config: ScoreConfig, cache: Path, models: Models) -> Work:
-    # Which pairs are cached is known only after all is tokenized; the plan counts all of them.
-    judge = models.judge.judge
-    pairs = [(judge.tokenizer.encode(s.prefix), judge.tokenizer.encode(s.target)) for s in manifest.samples]
-    seconds = _probe(
-        lambda places: judge.score([pairs[place] for place in places]), [len(p) + len(t) for p, t in pairs], 256
-    )
-    return Work("perplexity", len(texts) * len(pairs), 0, seconds * len(texts))
+def _plan_perplexity(plan: _Plan) -> Work:
+    model = plan.models.judge
+    encode = model.judge.tokenizer.encode_batch
+    prefixes, targets = encode([s.prefix for s in plan.manifest.samples]), encode(plan.targets)
+    cache = Cache(plan.cache, *nll_key(model.weights, plan.config.dtype))
+    cached = 0
+    for texts in plan.texts:
+        if texts is not None:
+            rows = [ids[: len(target)] for ids, target in zip(encode(list(texts)), targets, strict=True)]
+            missing = set(cache.missing(keys := [pair_key(p, ids) for p, ids in zip(prefixes, rows, strict=True)]))
+            cached += sum(key not in missing for key in keys)
+    pairs = list(zip(prefixes, targets, strict=True))
+    seconds = _probe(lambda p: model.judge.score([pairs[i] for i in p]), [len(p) + len(t) for p, t in pairs], 256)
+    return plan.work("perplexity", len(plan.texts) * len(pairs), cached, len(plan.texts) * seconds)
 
 
-def _plan_bertscore(manifest: Manifest, texts: Any, config: ScoreConfig, cache: Path, models: Models) -> Work:
-    encoder = models.bertscore.encoder
-    layer = config.bertscore_layer or encoder.bertscore_layer
-    seconds = _probe_encoder(manifest, encoder, layer)
-    total = len(texts) * len(manifest.samples)
-    return Work("bertscore", total, 0, seconds * len(texts))  # the human row is the references themselves
+def _plan_bertscore(plan: _Plan) -> Work:
+    from evaluation.metrics.bertscore import inverse_document_frequencies
+
+    model, config, targets = plan.models.bertscore, plan.config, plan.targets
+    layer = config.bertscore_layer or model.encoder.bertscore_layer
+    idf = inverse_document_frequencies(model.encoder, targets) if config.bertscore_idf else None
+    cache = Cache(plan.cache, *bertscore_key(model.weights, config.dtype, layer, idf))
+    cached = 0
+    for texts in plan.texts:
+        keys = [key_of(text, target) for text, target in zip(texts or [], targets, strict=bool(texts))]
+        missing = set(cache.missing(keys))
+        cached += sum(key not in missing for key in keys)
+    total = len(plan.texts) * len(targets)
+    # Each system's texts and, once, the references; the human row is the references.
+    return plan.work("bertscore", total, cached, len(plan.texts) * _probe_encoder(plan, model.encoder, layer))
 
 
-def _plan_mauve(manifest: Manifest, texts: Any, config: ScoreConfig, cache: Path, models: Models) -> Work:
+def _plan_mauve(plan: _Plan) -> Work:
     from evaluation.metrics.mauve import mauve
 
-    targets = [sample.target for sample in manifest.samples]
-    sets: list[Any] = [*texts, [sample.target for sample in manifest.others] or targets]
+    config, targets, samples = plan.config, plan.targets, plan.manifest.samples
     if len(targets) < config.mauve_min_samples:
-        return Work("mauve (refused, n is too small)", len(texts) * len(targets), 0, 0.0)
-    features = Cache(cache, *feature_key(models.featuriser.weights, config.dtype))
+        return Work("mauve (refused, n is too small)", len(plan.texts) * len(targets), 0, 0.0)
+    model = plan.models.featuriser
+    features = Cache(plan.cache, *feature_key(model.weights, config.dtype))
+    others = plan.manifest.others
+    sets = [(samples, texts) for texts in plan.texts] + ([(others, [o.target for o in others])] if others else [])
     todo = 0
-    for own in sets:
-        keys = [key_of(text) for text in feature_texts(manifest.samples, own or [], config.mauve_text)] if own else []
-        todo += len(features.missing(keys)) if own else len(targets)
-    encoder = models.featuriser.encoder
-    each = _probe_encoder(manifest, encoder, None) / len(targets) if todo else 0.0
-    random = np.random.default_rng(0).normal(size=(2, len(targets), encoder.model.config.hidden_size))
+    for own, texts in sets:
+        keys = [key_of(text) for text in feature_texts(own, texts, config.mauve_text)] if texts else []
+        todo += len(features.missing(keys)) if texts else len(targets)
+    each = _probe_encoder(plan, model.encoder, None) / len(targets) if todo else 0.0
+    random = np.random.default_rng(0).normal(size=(2, len(targets), model.encoder.model.config.hidden_size))
     began = time.perf_counter()
     mauve(random[0], random[1], seeds=[25])  # one seed and one resampling
     clusters = (time.perf_counter() - began) * 0.5 * (1 + len(config.mauve_seeds)) * len(sets)
@@ -131,7 +178,7 @@ def _plan_mauve(manifest: Manifest, texts: Any, config: ScoreConfig, cache: Path
     return Work("mauve", total, total - todo, each * todo + clusters)
 
 
-_PLANS: dict[str, Callable[..., Work]] = {
+_PLANS: dict[str, Callable[[_Plan], Work]] = {
     "rouge": _plan_rouge,
     "diversity": _plan_diversity,
     "perplexity": _plan_perplexity,
@@ -140,29 +187,69 @@ _PLANS: dict[str, Callable[..., Work]] = {
 }
 
 
-def _probe_encoder(manifest: Manifest, encoder: Any, layer: int | None) -> float:
+def _probe_encoder(plan: _Plan, encoder: Any, layer: int | None) -> float:
     """Seconds to encode every target once."""
-    rows, _ = encoder.tokenize([sample.target for sample in manifest.samples])
+    rows, _ = encoder.tokenize(plan.targets)
     return _probe(
         lambda places: list(encoder.states([rows[place] for place in places], layer)), [len(row) for row in rows], 256
     )
+
+
+def _probe_writing(system: System, items: Sequence[Item], batch_size: int, seed: int) -> float:
+    """Seconds to write all items, measured on one batch of typical ones that is cut shorter: a sixteenth of the length,
+    an eighth, and so on while time allows; the rest is a straight line through the last two."""
+    if not items:
+        return 0.0
+    weights = [item.length.tokens or len(item.target) for item in items]
+    batch = [items[place] for place in _typical(weights)[:batch_size]]
+    system.generate([_shortened(item, 1 / 16) for item in batch[:1]], seed)  # loads and compiles
+    measured: list[tuple[float, float]] = []
+    share = 1 / 16
+    while share <= 1:
+        cut = [_shortened(item, share) for item in batch]
+        measured.append((share, _seconds(lambda cut=cut: system.generate(cut, seed))))  # type: ignore[misc]
+        if len(measured) > 1 and 2 * measured[-1][1] > _PROBE_SECONDS:
+            break
+        share *= 2
+    (first, before), (last, after) = measured[-2:]
+    whole = after + max(0.0, after - before) * (1 - last) / (last - first)
+    return whole * sum(weights) / sum(item.length.tokens or len(item.target) for item in batch)
+
+
+def _shortened(item: Item, share: float) -> Item:
+    tokens = item.length.tokens
+    length = item.length if tokens is None else replace(item.length, tokens=max(1, round(share * tokens)))
+    return replace(item, target=item.target[: max(1, round(share * len(item.target)))], length=length)
 
 
 def _probe(run: Callable[[Sequence[int]], object], weights: Sequence[int], most: int) -> float:
     """Seconds for all items, measured on growing numbers of typical ones, at most `most` at once."""
     if not weights:
         return 0.0
-    mean = sum(weights) / len(weights)
-    typical = sorted(range(len(weights)), key=lambda place: abs(weights[place] - mean))
+    typical = _typical(weights)
     run(typical[:1])  # loads and compiles
     count = 1
     while True:
-        began = time.perf_counter()
-        run(typical[:count])
-        seconds = time.perf_counter() - began
+        seconds = _seconds(lambda count=count: run(typical[:count]))  # type: ignore[misc]
         if count >= min(most, len(weights)) or 4 * seconds > _PROBE_SECONDS:
-            return seconds * sum(weights) / sum(weights[place] for place in typical[:count])
+            return seconds * sum(weights) / max(1, sum(weights[place] for place in typical[:count]))
         count = min(4 * count, most, len(weights))
+
+
+def _typical(weights: Sequence[int]) -> list[int]:
+    """Places by how near their weight is to the mean."""
+    mean = sum(weights) / len(weights)
+    return sorted(range(len(weights)), key=lambda place: abs(weights[place] - mean))
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    import torch
+
+    began = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 def describe(plan: Sequence[Work]) -> str:

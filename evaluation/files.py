@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatext.config import ConfigError
 from megatext.data import DataError
 
 _MODEL_SUFFIXES = {".safetensors", ".bin", ".pt", ".json", ".model", ".txt", ".py"}
@@ -74,6 +75,16 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             if not isinstance(record, dict):
                 raise DataError(f"{path}:{number}: not a JSON object")
             yield record
+
+
+def read_yaml(path: Path) -> Any:
+    """A YAML file. Raises ConfigError that names file and place for anything else."""
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
 
 
 def hash_of(value: Any) -> str:

@@ -42,7 +42,7 @@ class Generated:
     prefixes_cut: int
     """Prefixes that were cut at their start because the system does not read more."""
     seconds_per_sample: float | None
-    """Mean wall time of a text within its batch; None where it means nothing."""
+    """Mean wall time of a text within its batch; None where it means nothing, or batches were of several sizes."""
     unconditional: list[str]
     """Passages written without a prefix."""
 
@@ -71,13 +71,14 @@ def items_of(manifest: Manifest, entry: SystemEntry, length: Length) -> tuple[li
     return items, [Item(str(i), "", "", tokens) for i in range(entry.unconditional if model else 0)]
 
 
-def generate(manifest: Manifest, entry: SystemEntry, settings: Settings) -> Generated:
+def generate(manifest: Manifest, entry: SystemEntry, settings: Settings, system: System | None = None) -> Generated:
     """Write what is missing of a system's texts and return all of them."""
-    system = open_system(entry, manifest, judge=settings.judge, device=settings.device)
+    system = system or open_system(entry, manifest, judge=settings.judge, device=settings.device)
     items, free = items_of(manifest, entry, settings.length)
     records = _written(system, entry, items, settings, "continuations")
     passages = _written(system, entry, free, settings, "unconditional") if free else []
     seconds = [record["seconds"] for record in records]
+    alike = system.timed and len({record["batch_size"] for record in records}) == 1
     return Generated(
         entry=entry,
         fingerprint=system.fingerprint(),
@@ -90,7 +91,7 @@ def generate(manifest: Manifest, entry: SystemEntry, settings: Settings) -> Gene
         ids=[record["ids"] for record in records] if system.ids_tokenizer else None,
         ids_tokenizer=system.ids_tokenizer,
         prefixes_cut=sum(record["prefix_cut"] > 0 for record in records),
-        seconds_per_sample=sum(seconds) / len(seconds) if system.timed else None,
+        seconds_per_sample=sum(seconds) / len(seconds) if alike else None,
         unconditional=[record["text"] for record in passages],
     )
 
@@ -99,7 +100,9 @@ def generate_all(
     manifest: Manifest, entries: Sequence[SystemEntry], settings: Settings, output: Path
 ) -> list[Generated]:
     """Every system's texts, and `output/generations.json`, by which the later stages find them."""
-    found = [generate(manifest, entry, settings) for entry in entries]
+    # What is wrong with the last row is said before the first one writes.
+    systems = [open_system(entry, manifest, judge=settings.judge, device=settings.device) for entry in entries]
+    found = [generate(manifest, entry, settings, system) for entry, system in zip(entries, systems, strict=True)]
     atomic_write(output / "generations.json", json.dumps([asdict(item) for item in found], ensure_ascii=False))
     return found
 
@@ -131,8 +134,9 @@ def refuse_other_manifests(generations: Sequence[Generated], manifest: Manifest,
 
 def cache_of(system: System, settings: Settings, kind: str) -> Cache:
     """The file of a system's texts. An item's key holds all of the manifest that its text depends on, so that more
-    samples of the same task do not cost the first ones again."""
-    return Cache(settings.cache / "generations", kind, [system.fingerprint(), settings.seed])
+    samples of the same task do not cost the first ones again. Kinds of devices draw other random numbers."""
+    device = settings.device.partition(":")[0] if system.timed else ""
+    return Cache(settings.cache / "generations", kind, [system.fingerprint(), settings.seed, device])
 
 
 def item_key(item: Item) -> str:
@@ -160,7 +164,14 @@ def _written(
         texts = system.generate(batch, settings.seed)
         seconds = round((time.perf_counter() - began) / len(batch), 6)
         return [
-            {"id": item.id, "text": w.text, "ids": w.ids, "prefix_cut": w.prefix_cut, "seconds": seconds}
+            {
+                "id": item.id,
+                "text": w.text,
+                "ids": w.ids,
+                "prefix_cut": w.prefix_cut,
+                "seconds": seconds,
+                "batch_size": entry.batch_size,
+            }
             for item, w in zip(batch, texts, strict=True)
         ]
 

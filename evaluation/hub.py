@@ -1,5 +1,6 @@
 """Models named by a directory or by a name on the Hugging Face hub, and what to say where the hub cannot be reached."""
 
+import json
 import os
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def model_directory(name_or_directory: str, option: str) -> Path:
     path = Path(name_or_directory)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ConfigError(f"{option} {path}: not a Hugging Face model directory (no config.json)")
+            raise ConfigError(f"{option} {path}: not a model directory (no config.json)")
         return path
     if path.is_absolute() or name_or_directory.startswith(".") or name_or_directory.count("/") > 1:
         raise ConfigError(f"{option} {path}: no such model directory")
@@ -36,4 +37,18 @@ def model_directory(name_or_directory: str, option: str) -> Path:
         reason = " ".join(str(error).split())[:200]
         hint = offline_hint(f"{option} DIR, a local copy of the model")
         raise ConfigError(f"{option} {name_or_directory}: no such directory, nor on the hub ({reason}){hint}") from None
+    if not any(fetched.glob("*.safetensors")) and not any(fetched.glob("*.bin")):
+        hint = offline_hint(f"{option} DIR, a local copy of the model")
+        raise ConfigError(f"{option} {name_or_directory}: its weights are not on this machine{hint}")
     return fetched
+
+
+def scoring_model(name_or_directory: str, option: str) -> Path:
+    """The directory of a Hugging Face model that scores. Raises ConfigError for what megatext exported as its own."""
+    directory = model_directory(name_or_directory, option)
+    kind = json.loads((directory / "config.json").read_text()).get("kind")
+    if kind is not None:
+        raise ConfigError(
+            f"{option} {directory}: a {kind} of megatext; give a Hugging Face model (an exported AR baseline is one)"
+        )
+    return directory

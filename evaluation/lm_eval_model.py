@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lm_eval.models  # noqa: F401 (a registry that holds one model already does not look for the others)
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
@@ -20,6 +22,7 @@ from evaluation.hub import model_directory
 from evaluation.systems import open_model
 from evaluation.systems.base import Item, Length
 from evaluation.systems.causal_lm import CausalLM
+from evaluation.systems.exported import Reconstruction
 from megatext.config import ConfigError, cli_errors
 
 
@@ -53,6 +56,8 @@ class MegatextLM(TemplateLM):
         self.seed, self.max_gen_toks = seed, max_gen_toks
         directory = model_directory(str(pretrained), "pretrained=")
         self.system = open_model(directory, sampling, name="megatext", dtype=dtype, device=self.system_device)
+        if isinstance(self.system, Reconstruction):
+            raise ConfigError(f"pretrained={directory}: a TextVAE reconstructs texts and answers no prompts")
         self.rows = int(batch_size) if str(batch_size).isdigit() else 32  # `auto` is lm-eval's own word
         self.directory = directory
 
@@ -60,10 +65,10 @@ class MegatextLM(TemplateLM):
         """A continuation for each (context, settings), cut before the first of its `until`."""
         items, asked = [], Counter[str]()
         for request in requests:
-            context, settings = request.args
+            context, settings = request.args[0], normalize_gen_kwargs(request.args[1], self.max_gen_toks)
             name = hashlib.sha256(context.encode("utf-8", "replace")).hexdigest()
             asked[name] += 1  # a prompt that is asked again (repeats) gets another text
-            tokens = int(settings.get("max_gen_toks") or self.max_gen_toks)
+            tokens = int(settings["max_gen_toks"])
             items.append(Item(f"{name}-{asked[name]}", context, "", Length("free", tokens)))
         texts = [""] * len(items)
         order = sorted(range(len(items)), key=lambda i: (-(items[i].length.tokens or 0), -len(items[i].prefix)))
@@ -81,7 +86,7 @@ class MegatextLM(TemplateLM):
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows of what the model reads."""
         system = self._causal("loglikelihood_rolling")
-        longest = self._limit(system)
+        longest = system.limit
         sums = []
         for request in requests:
             windows = get_rolling_token_windows(
@@ -97,7 +102,7 @@ class MegatextLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """(sum of log-probabilities, whether all are the likeliest) of each continuation behind its context."""
         system = self._causal("loglikelihood")
-        longest, found = self._limit(system), [(0.0, True)] * len(requests)
+        longest, found = system.limit, [(0.0, True)] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
         for start in tqdm(range(0, len(order), self.rows), desc="loglikelihood", disable=disable_tqdm):
             batch = order[start : start + self.rows]
@@ -114,7 +119,9 @@ class MegatextLM(TemplateLM):
         return found
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        return self._causal("tokens").tokenizer.encode(string)
+        """Ids, behind what stands before every text unless `add_special_tokens` is False."""
+        tokenizer = self._causal("tokens").tokenizer
+        return [*(() if add_special_tokens is False else tokenizer.start_ids), *tokenizer.encode(string)]
 
     @property
     def eot_token_id(self) -> int:
@@ -122,9 +129,10 @@ class MegatextLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: the begin-of-text where the model has one of its own."""
+        """What stands before a text without context: the begin-of-text where the model has one, else an end of text."""
         system = self._causal("prefix_token_id")
-        return (system.start or [system.tokenizer.eos_id])[0]
+        bos = system.model.config.bos_token_id
+        return int(bos) if isinstance(bos, int) else system.tokenizer.eos_id
 
     @property
     def tokenizer_name(self) -> str:
@@ -141,10 +149,6 @@ class MegatextLM(TemplateLM):
                 "with output_type generate_until"
             )
         return self.system
-
-    @staticmethod
-    def _limit(system: CausalLM) -> int:
-        return getattr(system.model.config, "max_position_embeddings", None) or 1 << 30
 
 
 def _cut(text: str, until: Sequence[str] | str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from evaluation.files import atomic_write, hash_of, read_jsonl
 from evaluation.hub import offline_hint
-from evaluation.tasks import Pool, TaskConfig, open_pool
+from evaluation.tasks import Pool, TaskConfig, open_pool, stamp_of
 from megatext.config import ConfigError
 from megatext.data import DataError
 
@@ -62,6 +62,7 @@ class Manifest:
 def build_manifest(task: TaskConfig) -> Manifest:
     """Choose task.n documents, and n more for `others`, and cut each. Raises ConfigError with counts if too few are
     long enough."""
+    stamp = stamp_of(task)
     pool = open_pool(task)
     cut, fingerprint = _cutter(task, pool)
     chosen: list[Sample] = []
@@ -95,6 +96,7 @@ def build_manifest(task: TaskConfig) -> Manifest:
     facts: dict[str, Any] = {
         **asdict(task),
         "reference_fingerprint": fingerprint,
+        "source_stamp": stamp,
         "documents": len(pool.ids),
         "passed_over": passed_over,
         "non_ascii_letters": _non_ascii(samples),
@@ -124,11 +126,23 @@ def save_manifest(manifest: Manifest, directory: Path) -> Path:
     return path
 
 
+def stored_manifest(task: TaskConfig, directory: Path) -> Manifest | None:
+    """The manifest of `directory` if it was made from this task and its source looks as it did, else None."""
+    try:
+        manifest = load_manifest(directory)
+        wanted = json.loads(json.dumps({**asdict(task), "source_stamp": stamp_of(task)}))
+    except (DataError, OSError):
+        return None
+    return manifest if all(manifest.task.get(key) == value for key, value in wanted.items()) else None
+
+
 def load_manifest(directory: Path) -> Manifest:
     """Read what `save_manifest` wrote. Raises DataError if it is missing, or was changed since its hash was taken."""
     path = directory / "manifest.json"
     if not path.is_file():
-        raise DataError(f"{path}: no such file; run `python -m evaluation manifest --output {directory}` first")
+        inside = sorted(str(found.parent) for found in directory.glob("*/manifest.json"))
+        where = f"; there are manifests in {', '.join(inside)}" if inside else ""
+        raise DataError(f"{path}: no such file; run `python -m evaluation manifest --output {directory}` first{where}")
     task = json.loads(path.read_text())
     try:
         samples, others = (
@@ -200,7 +214,7 @@ def _token_ends(task: TaskConfig, pool: Pool) -> tuple[Callable[[str], list[int]
 
     try:
         tokenizer = load_tokenizer(name)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         hint = offline_hint("--reference-tokenizer DIR, or null in a task file for words between white space")
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"task {task.name}: reference_tokenizer {name} cannot be loaded ({reason}){hint}") from None

@@ -105,8 +105,7 @@ def write_report(output: Path, directories: Sequence[Path], runs: Sequence[Path]
 
 
 def _load(directory: Path) -> TaskResults:
-    manifest = load_manifest(directory)
-    results = load_results(directory, manifest)
+    manifest, results = load_manifest(directory), load_results(directory)
     samples: dict[str, dict[str, dict[str, Any]]] = {}
     for record in read_jsonl(directory / "samples.jsonl"):
         samples.setdefault(record["system"], {})[record["id"]] = record
@@ -128,7 +127,7 @@ def _paper_table(tasks: Sequence[TaskResults]) -> Table:
     rows = []
     for name, by_task in systems.items():
         cells = [
-            _cell(by_task[task.name], key) if task.name in by_task else Cell("-")
+            _cell(by_task[task.name], key, interval=True) if task.name in by_task else Cell("-")
             for task in tasks
             for key in shown[task.name]
         ]
@@ -176,7 +175,8 @@ def _published() -> dict[str, Any]:
 def _is_published_protocol(task: TaskResults) -> bool:
     """Whether documents were cut and split as in the published table: other lengths give other numbers."""
     rules = task.results["manifest"]
-    return rules["max_tokens"] == 1024 and rules["split_fraction"] == [0.4, 0.6]
+    cut = rules["max_tokens"] == 1024 and rules["split_fraction"] == [0.4, 0.6]
+    return cut and rules["reference_fingerprint"] != "words" and task.results["length"]["policy"] == "oracle"
 
 
 def _published_rows(shown: dict[str, list[str]], protocol: set[str]) -> list[Row]:
@@ -194,7 +194,8 @@ def _published_rows(shown: dict[str, list[str]], protocol: set[str]) -> list[Row
     return rows
 
 
-def _cell(system: dict[str, Any], key: str) -> Cell:
+def _cell(system: dict[str, Any], key: str, *, interval: bool = False) -> Cell:
+    """A metric with its standard error, or with its 95 % interval below it; the hover text has both."""
     text, value = cell(system, key), number(system, key)
     if value is None:
         return Cell(text)
@@ -204,7 +205,10 @@ def _cell(system: dict[str, Any], key: str) -> Cell:
         spread = f"±{metric['spread']:.{digits}f}"
         title = f"{metric['spread_kind']}, n = {metric['n']}"
         if metric.get("ci95"):
-            title += f"; 95 % interval {metric['ci95'][0]:.{digits}f} to {metric['ci95'][1]:.{digits}f}"
+            title += f", ±{metric['spread']:.{digits}f}"
+            both = " to ".join(f"{bound:.{digits}f}" for bound in metric["ci95"])
+            title += f"; 95 % interval {both}"
+            spread = both if interval else spread
     for name, label in (
         ("seed_sd", "SD over k-means seeds"),
         ("seed25", "seed 25"),
@@ -225,7 +229,7 @@ def markdown(table: Table) -> str:
     lines = [["system", *heads], ["---", *["--:"] * len(heads)]]
     for row in table.rows:
         name = f"{row.name} (published)" if row.role == "published" else row.name
-        lines.append([name, *(f"{c.text}{c.mark}{f' {c.spread}' if c.spread else ''}" for c in row.cells)])
+        lines.append([name, *(f"{c.text}{c.mark}{f' ({c.spread})' if c.spread else ''}" for c in row.cells)])
     body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return f"## {table.title}\n\n{body}" + "".join(f"\n{note}\n" for note in table.notes)
 
@@ -234,18 +238,20 @@ def _csv(tasks: Sequence[TaskResults]) -> str:
     """Every metric of every system in full precision, a line each; published numbers are marked."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow("task manifest system published metric value spread spread_kind ci95_low ci95_high n unit".split())
+    writer.writerow(
+        "task manifest system published metric value spread spread_kind ci95_low ci95_high n unit seed_sd".split()
+    )
     for task in tasks:
         for system in task.results["systems"]:
             for name, metric in system["metrics"].items():
                 fields = [metric["value"], metric["spread"], metric["spread_kind"], *(metric["ci95"] or (None, None))]
                 where = [task.name, task.results["manifest"]["hash"], system["name"], "no", name]
-                writer.writerow([*where, *fields, metric["n"], metric["unit"]])
+                writer.writerow([*where, *fields, metric["n"], metric["unit"], metric.get("seed_sd")])
     data = _published()
     for task in filter(_is_published_protocol, tasks):
         for name, by_task in data["rows"].items():
             for metric, value in zip(data["metrics"], by_task.get(task.name, []), strict=False):
-                writer.writerow([task.name, "", name, "yes", metric, value, *[None] * 4, 1000, "percent"])
+                writer.writerow([task.name, "", name, "yes", metric, value, *[None] * 4, 1000, "percent", None])
     return file.getvalue()
 
 

@@ -17,7 +17,6 @@ from evaluation.generation import Generated
 from evaluation.manifest import Manifest, Sample
 from evaluation.scoring import Models, ScoreConfig
 from megatext.config import ConfigError
-from megatext.data import DataError
 
 _METRICS = Path(__file__).parent / "metrics"
 _LOT = 64
@@ -126,9 +125,7 @@ def bertscore(scoring: Scoring) -> None:
     # should be of like length.
     order = sorted(range(scoring.n), key=lambda k: len(scoring.targets[k]))
     pairs = [(item.texts[k], scoring.targets[k]) for k in order for item in scoring.generations]
-    code = hash_of_code(_METRICS / "bertscore.py", _METRICS / "encoder.py")
-    weights = None if idf is None else hash_of(sorted(idf.items()))
-    cache = Cache(scoring.cache, "bertscore", [model.weights, config.dtype, layer, weights, code])
+    cache = Cache(scoring.cache, *bertscore_key(model.weights, config.dtype, layer, idf))
 
     def compute(places: list[int]) -> list[tuple[float, float, float, bool]]:
         found = bert.bertscore(model.encoder, [pairs[p] for p in places], layer=layer, idf=idf)
@@ -158,6 +155,12 @@ def bertscore(scoring: Scoring) -> None:
     }  # fmt: skip
 
 
+def bertscore_key(weights: str, dtype: str, layer: int, idf: dict[int, float] | None) -> tuple[str, Any]:
+    """Where the cache holds the scores of pairs."""
+    code = hash_of_code(_METRICS / "bertscore.py", _METRICS / "encoder.py")
+    return "bertscore", [weights, dtype, layer, None if idf is None else hash_of(sorted(idf.items())), code]
+
+
 def mauve(scoring: Scoring) -> None:
     from evaluation.metrics.mauve import FLOOR, SCALING
 
@@ -173,6 +176,7 @@ def mauve(scoring: Scoring) -> None:
         )
     names = [item.entry.name for item in scoring.generations]
     samples = scoring.manifest.samples
+    texts = [feature_texts(samples, item.texts, config.mauve_text) for item in scoring.generations]
     features = [
         _features(scoring, samples, item.texts, name) for item, name in zip(scoring.generations, names, strict=True)
     ]
@@ -181,12 +185,15 @@ def mauve(scoring: Scoring) -> None:
     with scoring.progress("mauve", len(features)) as progress:
         for i, item in enumerate(scoring.generations):
             # Equal sets are at 1 by definition, and so is a row of the same texts in other order.
-            same = i == scoring.human or (item.entry.system == "other" and not scoring.manifest.others)
+            reordered = item.entry.system == "other" and not scoring.manifest.others
+            same = i == scoring.human or (reordered and config.mauve_text == "continuation")
             found = _mauve(scoring, features[scoring.human], features[i], config.mauve_seeds[: 1 if same else None])
             clusters = found.clusters
+            low, high = (100 * (found.mean + sign * 1.96 * found.error) for sign in (-1, 1))
             scoring.rows[i]["mauve"] = metric(
                 100 * found.mean, "percent", scoring.n, "higher", math.nan if same else 100 * found.error,
-                "SD over k-means seeds and over resampled texts, in quadrature",
+                "error over k-means seeds and over resampled texts, in quadrature",
+                (max(100 * FLOOR, low), min(100.0, high)),
                 seed_sd=100 * found.seed_sd, sampling_sd=100 * found.sampling_sd, seed25=100 * found.seed25,
                 star=100 * found.star_mean, seeds=1 if same else len(config.mauve_seeds),
             )  # fmt: skip
@@ -201,6 +208,12 @@ def mauve(scoring: Scoring) -> None:
         "seeds": len(config.mauve_seeds), "faiss_threads": 1,
         "features": f"{config.dtype}, last token of the last layer",
     }  # fmt: skip
+    cut = _cut_share(scoring, texts)
+    if cut:
+        scoring.notes.append(
+            f"MAUVE's model reads {scoring.models.featuriser.encoder.max_tokens} tokens: up to {cut:.1%} of a row's "
+            "texts end there for it."
+        )
     between = f"floor {100 * FLOOR:.2f}"
     if ceiling:
         between += f", human against other human texts {100 * ceiling.mean:.1f}"
@@ -225,13 +238,20 @@ def _features(scoring: Scoring, samples: Sequence[Sample], texts: Sequence[str],
     cache = Cache(scoring.cache, *feature_key(model.weights, config.dtype))
     order = sorted(range(len(texts)), key=lambda k: len(texts[k]))
 
-    def compute(places: list[int]) -> list[str]:
-        rows, _ = model.encoder.tokenize([texts[order[p]] for p in places])
-        return [packed(row) for row in model.encoder.last_token(rows).numpy()]
+    def compute(places: list[int]) -> list[dict[str, Any]]:
+        rows, cut = model.encoder.tokenize([texts[order[p]] for p in places])
+        features = model.encoder.last_token(rows).numpy()
+        return [{"feature": packed(feature), "cut": flag} for feature, flag in zip(features, cut, strict=True)]
 
     with scoring.progress(f"features, {name}", len(texts)) as progress:
         cache.complete([key_of(texts[k]) for k in order], compute, lot=_LOT, done=progress.update)
     return cache.stacked([key_of(text) for text in texts])
+
+
+def _cut_share(scoring: Scoring, rows: Sequence[Sequence[str]]) -> float:
+    """The largest share of a row's texts that the featuriser does not read to their end."""
+    cache = Cache(scoring.cache, *feature_key(scoring.models.featuriser.weights, scoring.config.dtype))
+    return max(sum(value["cut"] for value in cache.values([key_of(t) for t in texts])) / len(texts) for texts in rows)
 
 
 def feature_key(weights: str, dtype: str) -> tuple[str, Any]:
@@ -277,21 +297,30 @@ def _judge_tokens(item: Generated, tokenizer: Any) -> list[list[int]]:
     return item.ids
 
 
-def _nlls(scoring: Scoring, pairs: Sequence[tuple[list[int], list[int]]], what: str) -> list[tuple[float, int]]:
-    """(nats, scored tokens) of each (prefix, text) under the judge."""
+def _nlls(scoring: Scoring, pairs: Sequence[tuple[list[int], list[int]]], what: str) -> list[tuple[float, int, bool]]:
+    """(nats, scored tokens, whether the judge read less) of each (prefix, text)."""
     model = scoring.models.judge
-    code = hash_of_code(_METRICS / "perplexity.py")
-    cache = Cache(scoring.cache, "nll", [model.weights, scoring.config.dtype, code])
+    cache = Cache(scoring.cache, *nll_key(model.weights, scoring.config.dtype))
     order = sorted(range(len(pairs)), key=lambda k: len(pairs[k][0]) + len(pairs[k][1]))
 
-    def compute(places: list[int]) -> list[tuple[float, int]]:
-        return [(nll.nats, nll.tokens) for nll in model.judge.score([pairs[order[p]] for p in places])]
+    def compute(places: list[int]) -> list[tuple[float, int, bool]]:
+        return [(nll.nats, nll.tokens, nll.cut) for nll in model.judge.score([pairs[order[p]] for p in places])]
 
     with scoring.progress(what, len(pairs)) as progress:
-        keys = [key_of(repr(pairs[k][0]), repr(pairs[k][1])) for k in order]
+        keys = [pair_key(*pairs[k]) for k in order]
         found = cache.complete(keys, compute, lot=4 * _LOT, done=progress.update)
     by_place = dict(zip(order, found, strict=True))
     return [tuple(by_place[k]) for k in range(len(pairs))]  # type: ignore[misc]
+
+
+def nll_key(weights: str, dtype: str) -> tuple[str, Any]:
+    """Where the cache holds what a judge said."""
+    return "nll", [weights, dtype, hash_of_code(_METRICS / "perplexity.py")]
+
+
+def pair_key(prefix: Sequence[int], text: Sequence[int]) -> str:
+    """The key of a prefix and a text, both judge tokens."""
+    return key_of(repr(list(prefix)), repr(list(text)))
 
 
 def _judge_gap(scoring: Scoring, prefixes: list[list[int]], tokens: list[list[list[int]]]) -> None:
@@ -302,8 +331,14 @@ def _judge_gap(scoring: Scoring, prefixes: list[list[int]], tokens: list[list[li
     assert human is not None
     found = _nlls(scoring, [(p, ids) for rows in tokens for p, ids in zip(prefixes, rows, strict=True)], "nll")
     by_system = [found[i * n : (i + 1) * n] for i in range(len(tokens))]
-    nats = [np.array([nat for nat, _ in row]) for row in by_system]
-    counts = [np.array([count for _, count in row]) for row in by_system]
+    nats = [np.array([nat for nat, _, _ in row]) for row in by_system]
+    counts = [np.array([count for _, count, _ in row]) for row in by_system]
+    cut = max(sum(flag for *_, flag in row) / n for row in by_system)
+    if cut:
+        scoring.notes.append(
+            f"The judge reads {scoring.models.judge.judge.max_tokens} tokens: in up to {cut:.1%} of a row's samples it "
+            "saw less of the prefix, or of the text."
+        )
     corpus = [float(s.sum() / c.sum()) if c.sum() else math.nan for s, c in zip(nats, counts, strict=True)]
     with np.errstate(invalid="ignore", divide="ignore"):
         sums = scoring.bootstrap.sums
@@ -321,12 +356,12 @@ def _judge_gap(scoring: Scoring, prefixes: list[list[int]], tokens: list[list[li
         ):
             se, ci = statistics.spread(draws)
             row[name] = metric(value, unit, n, None, se, kind, ci, tokens=total)
-        scoring.per_sample[i]["nll"] = [nat / count if count else None for nat, count in by_system[i]]
+        scoring.per_sample[i]["nll"] = [nat / count if count else None for nat, count, _ in by_system[i]]
         if shuffled is not None:
             with np.errstate(invalid="ignore", divide="ignore"):
                 se, ci = statistics.spread(gap(drawn[i], drawn[human], drawn[shuffled]))
-            value = gap(corpus[i], corpus[human], corpus[shuffled])
-            row["gap"] = metric(value, "share", n, "lower", se, kind, ci)
+                value = gap(*(np.array([corpus[j]]) for j in (i, human, shuffled)))[0]
+            row["gap"] = metric(float(value), "share", n, "lower", se, kind, ci)
 
 
 def _exp(nats: float) -> float:
@@ -345,13 +380,13 @@ def _passages(scoring: Scoring, tokenizer: Any) -> None:
     documents = [sample.prefix + sample.target for sample in scoring.manifest.samples[:most]]
     groups.insert(0, (scoring.generations[scoring.human].entry.name, documents))
     encoded = [tokenizer.encode_batch(texts) for _, texts in groups]
-    budget = min((total for rows in encoded if (total := sum(map(len, rows)))), default=0)
+    budget = diversity.common_budget(encoded, 0)
     for (name, texts), rows in zip(groups, encoded, strict=True):
         nlls = _nlls(scoring, [([], ids) for ids in rows], f"nll, passages of {name}")
-        count = sum(tokens for _, tokens in nlls)
+        count = sum(tokens for _, tokens, _ in nlls)
         pool = diversity.cut_to_budget(rows, budget)
-        nll = sum(nats for nats, _ in nlls) / count if count else math.nan
-        each = [nats / tokens for nats, tokens in nlls if tokens]
+        nll = sum(nats for nats, _, _ in nlls) / count if count else math.nan
+        each = [nats / tokens for nats, tokens, _ in nlls if tokens]
         error = float(np.std(each, ddof=1) / math.sqrt(len(each))) if len(each) > 1 else math.nan
         scoring.unconditional.append({
             "name": name,
@@ -419,13 +454,3 @@ FAMILIES: dict[str, Callable[[Scoring], None]] = {
     "mauve": mauve,
 }
 """In the order they are measured: what is cheap first."""
-
-
-def check(metrics: Sequence[str], generations: Sequence[Generated]) -> None:
-    """Raises ConfigError for families that are not known, DataError for rows of different seeds or lengths."""
-    unknown = sorted(set(metrics) - set(FAMILIES))
-    if unknown:
-        raise ConfigError(f"unknown metrics {', '.join(unknown)}; known: {', '.join(FAMILIES)}")
-    for what in ("seed", "length"):
-        if len({str(getattr(item, what)) for item in generations}) > 1:
-            raise DataError(f"the rows were generated with different {what}s; run `generate` again")

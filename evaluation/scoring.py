@@ -1,5 +1,6 @@
 """The score stage: every metric of every system, with n, spread and what it was measured with."""
 
+import hashlib
 import json
 import platform
 import shlex
@@ -9,13 +10,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from evaluation.files import atomic_write, hash_of, hash_of_code, hash_of_model
+from evaluation.files import atomic_write, hash_of, hash_of_code, hash_of_file, hash_of_model
 from evaluation.generation import Generated, refuse_other_manifests
-from evaluation.hub import model_directory
-from evaluation.manifest import Manifest
+from evaluation.hub import scoring_model
+from evaluation.manifest import Manifest, load_manifest
+from megatext.config import ConfigError
 from megatext.data import DataError
 
 SCHEMA = 2
@@ -55,12 +58,23 @@ class ScoreConfig:
     seed: int = 0
     """Seed of the bootstrap."""
 
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.metrics) - set(METRICS))
+        if unknown or not self.metrics:
+            raise ConfigError(f"--metrics {','.join(unknown)}: not known; known are {', '.join(METRICS)}")
+        if not self.mauve_seeds:
+            raise ConfigError("--mauve-seeds: needs one seed at least")
+        if self.bertscore_baseline is not None and not self.bertscore_baseline.is_file():
+            raise ConfigError(f"--bertscore-baseline {self.bertscore_baseline}: no such file")
+        if "mauve" in self.metrics and find_spec("mauve") is None:
+            raise ConfigError("MAUVE needs mauve-text: pip install mauve-text, or score with --metrics without mauve")
+
 
 class Model:
     """A directory, its hash, and what is loaded of it when first asked for."""
 
-    def __init__(self, directory: Path, *, device: str, dtype: str) -> None:
-        self.directory, self._device, self._dtype = directory, device, dtype
+    def __init__(self, directory: Path, name: str, *, device: str, dtype: str) -> None:
+        self.directory, self._name, self._device, self._dtype = directory, name, device, dtype
 
     @cached_property
     def weights(self) -> str:
@@ -78,7 +92,7 @@ class Model:
         from evaluation.metrics.encoder import Encoder
 
         trunk = self.judge.model.base_model if "judge" in self.__dict__ else None
-        return Encoder(self.directory, device=self._device, dtype=self._torch_dtype, model=trunk)
+        return Encoder(self.directory, device=self._device, dtype=self._torch_dtype, model=trunk, name=self._name)
 
     @property
     def _torch_dtype(self) -> Any:
@@ -88,10 +102,10 @@ class Model:
 
 
 class Models:
-    """The three models of a scoring; roles that one directory plays share it. Raises ConfigError where a model that is
-    needed is neither here nor on the hub."""
+    """The models that a scoring of n samples needs; roles that one directory plays share it. Raises ConfigError where
+    one is neither here nor on the hub."""
 
-    def __init__(self, config: ScoreConfig, device: str) -> None:
+    def __init__(self, config: ScoreConfig, n: int, device: str) -> None:
         opened: dict[Path, Model] = {}
         self.used: dict[str, Model] = {}
         for role, family, option in (
@@ -99,10 +113,11 @@ class Models:
             ("featuriser", "mauve", "--featuriser"),
             ("bertscore_model", "bertscore", "--bertscore-model"),
         ):
-            if family in config.metrics:
-                directory = model_directory(getattr(config, role), option).resolve()
+            if family in config.metrics and not (family == "mauve" and n < config.mauve_min_samples):
+                given = getattr(config, role)
+                directory = scoring_model(given, option).resolve()
                 if directory not in opened:
-                    opened[directory] = Model(directory, device=device, dtype=config.dtype)
+                    opened[directory] = Model(directory, Path(given).name, device=device, dtype=config.dtype)
                 self.used[role] = opened[directory]
 
     @property
@@ -128,18 +143,22 @@ def score(
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Score and write `results.json` and `samples.jsonl`; returns the results. Equal inputs are not scored again."""
-    from evaluation.scorers import FAMILIES, Scoring, check
+    from evaluation.scorers import FAMILIES, Scoring
 
     refuse_other_manifests(generations, manifest, output)
-    check(config.metrics, generations)
-    models = Models(config, device)
+    for what in ("seed", "length"):
+        if len({str(getattr(item, what)) for item in generations}) > 1:
+            raise DataError(f"the rows were generated with different {what}s; run `generate` again")
+    models = Models(config, len(manifest.samples), device)
     weights = {role: model.weights for role, model in models.used.items()}
     code = hash_of_code(Path(__file__).parent)
-    key = hash_of([manifest.hash, [asdict(g) for g in generations], _plain(config), weights, code])
+    baseline = hash_of_file(config.bertscore_baseline) if config.bertscore_baseline else None
+    key = hash_of([manifest.hash, [asdict(g) for g in generations], _plain(config), weights, baseline, code])
     path = output / "results.json"
-    if path.exists() and (output / "samples.jsonl").exists():
+    if path.exists():
         stored = json.loads(path.read_text())
-        if stored.get("inputs_hash") == key:
+        written = output / "samples.jsonl"
+        if stored.get("inputs_hash") == key and written.exists() and hash_of_file(written) == stored["samples_hash"]:
             return stored
     scoring = Scoring(manifest, generations, config, models, cache)
     timings: dict[str, float] = {}
@@ -148,10 +167,12 @@ def score(
             began = time.perf_counter()
             family(scoring)
             timings[name] = round(time.perf_counter() - began, 2)
+    samples = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in _samples(scoring))
     results = {
         "schema_version": SCHEMA,
         "command": shlex.join(["python", "-m", "evaluation", *sys.argv[1:]]),
         "inputs_hash": key,
+        "samples_hash": hashlib.sha256(samples.encode()).hexdigest(),
         "manifest": {
             **manifest.task,
             "hash": manifest.hash,
@@ -171,23 +192,28 @@ def score(
         "systems": [_row(scoring, i, weights.get("judge")) for i in range(len(generations))],
         "unconditional": scoring.unconditional,
     }
-    atomic_write(output / "samples.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in _samples(scoring)))
+    atomic_write(output / "samples.jsonl", samples)
     atomic_write(path, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return results
 
 
-def load_results(output: Path, manifest: Manifest | None = None) -> dict[str, Any]:
-    """Read output/results.json. Raises DataError if it is missing, of another version, or of another manifest."""
+def load_results(output: Path) -> dict[str, Any]:
+    """Read output/results.json. Raises DataError if it is missing, of another version, of another manifest than lies
+    beside it, or of other texts."""
     path = output / "results.json"
     if not path.is_file():
         raise DataError(f"{path}: no such file; run `python -m evaluation score --output {output}` first")
     results = json.loads(path.read_text())
     if results.get("schema_version") != SCHEMA:
         raise DataError(f"{path}: written by another version of the harness; score again")
-    if manifest is not None and results["manifest"]["hash"] != manifest.hash:
+    manifest = load_manifest(output)
+    if results["manifest"]["hash"] != manifest.hash:
         raise DataError(
             f"{path}: scored on manifest {results['manifest']['hash'][:12]}, not on {manifest.hash[:12]}; score again"
         )
+    samples = output / "samples.jsonl"
+    if not samples.is_file() or hash_of_file(samples) != results["samples_hash"]:
+        raise DataError(f"{samples}: not the texts that {path} was made from; score again")
     return results
 
 
@@ -207,6 +233,7 @@ def _row(scoring: Any, i: int, judge: str | None) -> dict[str, Any]:
         "system": item.entry.system,
         "sampling": item.entry.sampling,
         "dtype": item.entry.dtype,
+        "batch_size": item.entry.batch_size,
         "fingerprint": item.fingerprint,
         "weights": item.weights,
         "is_judge": item.weights is not None and item.weights == judge,

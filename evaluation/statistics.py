@@ -15,7 +15,9 @@ class Bootstrap:
         self._counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float32)
 
     def sums(self, values: Sequence[float] | np.ndarray) -> np.ndarray:
-        """Sum of `values` [n] in each resample, float64 [draws]."""
+        """Sum of `values` [n] in each resample, float64 [draws]; nan for a single sample, which tells no spread."""
+        if self._counts.shape[1] < 2:
+            return np.full(len(self._counts), np.nan)
         return self._counts @ np.asarray(values, dtype=np.float64)
 
     def mean(self, values: Sequence[float] | np.ndarray) -> np.ndarray:

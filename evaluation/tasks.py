@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from tqdm import tqdm
+
+from evaluation.files import hash_of_file, read_yaml
 from evaluation.hub import offline_hint
 from megatext.config import ConfigError, from_dict
 from megatext.data import DataError
-from megatext.data.shards import TOKENIZER_FOLDER, read_manifest
+from megatext.data.shards import MANIFEST, TOKENIZER_FOLDER, read_manifest
 from megatext.data.tar_index import TarIndex
 
 TASKS = Path(__file__).parent / "tasks"
@@ -56,13 +59,11 @@ def load_task(
 ) -> TaskConfig:
     """A task from a YAML file or from `evaluation/tasks/NAME.yaml`, with another source, reference tokenizer or smaller
     n if given."""
-    import yaml
-
     shipped = sorted(path.stem for path in TASKS.glob("*.yaml"))
     path = TASKS / f"{name_or_file}.yaml" if name_or_file in shipped else Path(name_or_file)
     if not path.is_file():
         raise ConfigError(f"{name_or_file}: no such task file; shipped tasks: {', '.join(shipped)}")
-    data = yaml.safe_load(path.read_text())
+    data = read_yaml(path)
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a task is a mapping of keys to values")
     given = {"source": source, "reference_tokenizer": tokenizer}
@@ -100,7 +101,7 @@ def open_pool(task: TaskConfig) -> Pool:
 def _files(path: Path, unit: str) -> Pool:
     """A file or a folder, read once for the ids and once more for each lot of texts."""
     places: dict[str, int] = {}
-    for place, (identity, _) in enumerate(_documents(path, unit)):
+    for place, (identity, _) in enumerate(tqdm(_documents(path, unit), desc="documents", unit="", disable=None)):
         places.setdefault(identity, place)
     order = list(places.values())
 
@@ -119,14 +120,13 @@ def _documents(path: Path, unit: str) -> Iterator[tuple[str, str]]:
     """(id, text) of each document of a file or folder."""
     from data_tools import sources
 
-    if path.is_file() and not path.name.endswith(sources.SUFFIXES):
-        # One Billion Word's files have no ending, or one of their own.
-        yield from ((_text_id(text), text) for text in _parts(path, unit))
-        return
     if not path.exists():
         raise DataError(f"{path}: no such file; a source is hf:NAME[:CONFIG]:SPLIT, shards:DIR:SPLIT, or a path")
-    for name in sources.expand([str(path)]):
-        if name.endswith(".txt"):
+    files = sorted(str(file) for file in path.rglob("*") if file.is_file()) if path.is_dir() else [str(path)]
+    # One Billion Word's files have no ending, or one of their own: where no ending is known, all files are text.
+    known = [name for name in files if name.endswith(sources.SUFFIXES)]
+    for name in known or files:
+        if name.endswith(".txt") or not known:
             yield from ((_text_id(text), text) for text in _parts(Path(name), unit))
             continue
         for chunk in sources.read([name]):
@@ -189,9 +189,21 @@ def _hugging_face(rest: str) -> Pool:
         raise DataError(f"hf:{rest}: cannot be loaded ({' '.join(str(error).split())[:300]}){hint}") from error
     if "text" not in data.column_names:
         raise DataError(f"hf:{rest}: has no column `text`; its columns are {data.column_names}")
-    column = data["id"] if "id" in data.column_names else map(_text_id, data["text"])
+    given = "id" in data.column_names
     places: dict[str, int] = {}
-    for place, identity in enumerate(column):
-        places.setdefault(str(identity), place)
+    for place, value in enumerate(tqdm(data["id" if given else "text"], desc="documents", disable=None)):
+        places.setdefault(str(value) if given else _text_id(value.strip()), place)
     order = list(places.values())
     return Pool(list(places), lambda indices: [data[order[index]]["text"].strip() for index in indices])
+
+
+def stamp_of(task: TaskConfig) -> Any:
+    """What a source looked like, without reading it: a manifest of an unchanged source is not made again."""
+    kind, _, rest = task.source.partition(":")
+    if kind == "hf":
+        return task.source
+    if kind == "shards":
+        return hash_of_file(Path(rest.rpartition(":")[0] or rest) / MANIFEST)
+    path = Path(task.source)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]

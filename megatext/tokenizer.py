@@ -25,6 +25,8 @@ class Tokenizer(ABC):
     """Ends every document in the shards."""
     pad_id: int
     """What a padded batch of generated ids may be filled with."""
+    start_ids: tuple[int, ...] = ()
+    """Special tokens that stand before every text in models of this tokenizer (`<s>` of Llama)."""
 
     @abstractmethod
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -125,6 +127,9 @@ class HuggingFaceTokenizer(Tokenizer):
         if eos is None:
             raise ValueError(f"tokenizer {name}: no end-of-text token; set `eos_token` in tokenizer_config.json")
         self.eos_id = int(eos)
+        whole = self._tokenizer("a")["input_ids"]
+        bare = self._tokenizer("a", add_special_tokens=False)["input_ids"]
+        self.start_ids = tuple(whole[: next((i for i in range(len(whole)) if whole[i:][: len(bare)] == bare), 0)])
         self._backend: Any = getattr(self._tokenizer, "backend_tokenizer", None)  # the Rust one, where there is one
         if self._backend is not None:  # some tokenizer.json ask for them
             self._backend.no_truncation()
@@ -149,8 +154,9 @@ class HuggingFaceTokenizer(Tokenizer):
         found = self._backend.encode(text, add_special_tokens=False)
         ends = _ends(found.offsets, len(text))
         # Normalisers (Qwen3's NFC) give a letter and its accents as one character with the letter's place alone.
+        starts = {first for first, _ in found.offsets}
         for i, end in enumerate(ends):
-            while end < len(text) and unicodedata.combining(text[end]):
+            while end < len(text) and unicodedata.combining(text[end]) and end not in starts:
                 end += 1
             ends[i] = end
         return found.ids, ends

@@ -82,9 +82,7 @@ def inverse_document_frequencies(encoder: Encoder, references: Sequence[str]) ->
 
 
 def rescaled(score: BertScore, baseline: Baseline) -> BertScore:
-    """Scores spread over [0, 1]: (score - baseline) / (1 - baseline), each with its own. Empty texts stay at 0."""
-    if not score.precision and not score.recall:
-        return score
+    """Scores spread over [0, 1]: (score - baseline) / (1 - baseline), each with its own."""
     values = (score.precision, score.recall, score.fmeasure)
     precision, recall, fmeasure = ((v - b) / (1 - b) for v, b in zip(values, baseline, strict=True))
     return BertScore(precision, recall, fmeasure, score.truncated)

@@ -10,8 +10,14 @@ from torch import Tensor, nn
 
 from megatext.config import ConfigError
 
-# Layers that bert-score chose by correlation with human judgement, keyed by (model_type, layers).
-_BERTSCORE_LAYER = {("roberta", 24): 17, ("roberta", 12): 10, ("bert", 24): 18, ("bert", 12): 9, ("distilbert", 6): 5}
+# Layers that bert-score 0.3.13 chose by correlation with human judgement: by the model's name, else by kind and depth.
+_LAYER_OF_NAME = {
+    "roberta-large": 17, "roberta-large-mnli": 19, "roberta-base": 10, "distilroberta-base": 5, "bert-base-uncased": 9,
+    "bert-large-uncased": 18, "distilbert-base-uncased": 5, "xlm-roberta-base": 9, "xlm-roberta-large": 17,
+    "bart-base": 6, "bart-large": 10, "mpnet-base": 8, "deberta-base": 9, "deberta-base-mnli": 9, "deberta-large": 16,
+    "deberta-large-mnli": 18, "deberta-xlarge": 18, "deberta-xlarge-mnli": 40, "deberta-v3-large": 12,
+}  # fmt: skip
+_LAYER_OF_KIND = {("roberta", 24): 17, ("roberta", 12): 10, ("bert", 24): 18, ("bert", 12): 9, ("distilbert", 6): 5}
 _MAX_BATCH_TOKENS = 8192
 _MAX_BATCH_ROWS = 256
 
@@ -26,23 +32,21 @@ class Encoder:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         model: nn.Module | None = None,
+        name: str | None = None,
     ) -> None:
+        """`name` is what the model is called where its directory is not called so (the hub's cache)."""
         from transformers import AutoModel
 
         self.device = device
-        self.model: Any = (
-            (AutoModel.from_pretrained(directory, dtype=dtype) if model is None else model).eval().to(device)
-        )
-        config: Any = self.model.config
+        loaded: Any = (AutoModel.from_pretrained(directory, dtype=dtype) if model is None else model).eval().to(device)
+        config: Any = loaded.config
+        self.model: Any = loaded.get_encoder() if config.is_encoder_decoder else loaded
         self.layers: int = config.num_hidden_layers
-        self.bertscore_layer = _BERTSCORE_LAYER.get((config.model_type, self.layers), max(1, round(0.7 * self.layers)))
-        architecture = (config.architectures or [""])[0]
-        # A causal network's states do not see the padding to their right, and run faster without a mask.
-        self._causal = architecture.endswith(("ForCausalLM", "LMHeadModel"))
-        self._tokenizer, self.outer_ids = _tokenizer(directory)
+        by_kind = _LAYER_OF_KIND.get((config.model_type, self.layers), max(1, round(0.7 * self.layers)))
+        self.bertscore_layer = _LAYER_OF_NAME.get(name or directory.name, by_kind)
+        self._tokenizer, self.outer_ids, longest = _tokenizer(directory)
         positions: int = getattr(config, "max_position_embeddings", None) or 1 << 30
-        # RoBERTa's position table starts behind its padding index.
-        self.max_tokens = positions - (config.pad_token_id + 1 if config.model_type == "roberta" else 0)
+        self.max_tokens = min(positions - _first_position(self.model), longest)
 
     def tokenize(self, texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
         """Ids with the special tokens the model was trained with (CLS and SEP; none for causal models), and which texts
@@ -67,7 +71,9 @@ class Encoder:
             width = max(len(sequences[i]) for i in batch)
             ids = torch.tensor([[*sequences[i], *[0] * (width - len(sequences[i]))] for i in batch], device=self.device)
             lengths = torch.tensor([len(sequences[i]) for i in batch], device=self.device)
-            mask = None if self._causal else (torch.arange(width, device=self.device) < lengths[:, None]).long()
+            # Without padding no mask is needed, and a causal model runs faster without one.
+            ragged = len({len(sequences[i]) for i in batch}) > 1
+            mask = (torch.arange(width, device=self.device) < lengths[:, None]).long() if ragged else None
             with torch.inference_mode(), self._cut(layer):
                 states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
             for row, i in enumerate(batch):
@@ -109,13 +115,22 @@ class Encoder:
 Encode = Callable[[Sequence[str], int | None], list[list[int]]]
 
 
-def _tokenizer(directory: Path) -> tuple[Encode, set[int]]:
-    """((texts, longest) -> ids, ids of the outer special tokens) of a SentencePiece or a Hugging Face directory."""
+def _first_position(model: nn.Module) -> int:
+    """Rows of the position table that no token uses: RoBERTa and its kin begin behind their padding index."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
+
+
+def _tokenizer(directory: Path) -> tuple[Encode, set[int], int]:
+    """((texts, longest) -> ids, ids of the outer special tokens, tokens that the tokenizer says the model reads) of a
+    SentencePiece or a Hugging Face directory."""
     if (directory / "tokenizer.model").exists() and not (directory / "tokenizer.json").exists():
         from megatext.tokenizer import load_tokenizer
 
         pieces = load_tokenizer(directory)
-        return lambda texts, longest: [row[:longest] for row in pieces.encode_batch(list(texts))], set()
+        return lambda texts, longest: [row[:longest] for row in pieces.encode_batch(list(texts))], set(), 1 << 30
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(directory)
@@ -125,4 +140,4 @@ def _tokenizer(directory: Path) -> tuple[Encode, set[int]]:
             return []
         return tokenizer(list(texts), truncation=longest is not None, max_length=longest, verbose=False)["input_ids"]
 
-    return encode, {tokenizer.cls_token_id, tokenizer.sep_token_id} - {None}
+    return encode, {tokenizer.cls_token_id, tokenizer.sep_token_id} - {None}, min(tokenizer.model_max_length, 1 << 30)

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -60,8 +61,7 @@ class MauveDifference:
 def mauve(human: np.ndarray, system: np.ndarray, *, seeds: Sequence[int]) -> Mauve:
     """Compare features [n, width] of human and system texts, rows in the order of the manifest (order moves k-means).
 
-    The first seed should be 25 to be comparable with papers. faiss runs on one thread: faster on small sets, and
-    the value does not depend on the machine.
+    The first seed should be 25 to be comparable with papers.
     """
     module = _module()
     human, system = _float32(human), _float32(system)
@@ -160,16 +160,13 @@ def _module() -> ModuleType:
     return mauve
 
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    import faiss
+def _one_thread() -> AbstractContextManager[object]:
+    """One thread for faiss and for the linear algebra of the principal components: faster on small sets, and the number
+    of threads moves the last digits."""
+    import faiss  # noqa: F401 (limits hold for libraries that are loaded)
+    from threadpoolctl import threadpool_limits
 
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(threads)
+    return threadpool_limits(1)
 
 
 @contextlib.contextmanager

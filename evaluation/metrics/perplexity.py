@@ -2,7 +2,7 @@
 gap G."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,8 @@ class Nll:
     """Sum over the scored tokens."""
     tokens: int
     """Scored tokens; 0 for an empty text."""
+    cut: bool = False
+    """The model does not read as much: tokens at the start of the prefix, or at the end of the text, were left out."""
 
 
 class Judge:
@@ -36,9 +38,7 @@ class Judge:
         self.tokenizer = load_tokenizer(directory)
         config = self.model.config
         self.max_tokens: int = getattr(config, "max_position_embeddings", None) or 1 << 30
-        # Models with a begin-of-text of its own (Llama) expect it; for the rest a text begins with its first token.
-        bos = config.bos_token_id
-        self._start = [bos] if isinstance(bos, int) and bos != config.eos_token_id else []
+        self._start = list(self.tokenizer.start_ids)
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Nll]:
         """Nll of each continuation given its prefix, both judge tokens. Equal pairs are scored once.
@@ -48,10 +48,12 @@ class Judge:
         """
         keys = [(tuple(prefix), tuple(text)) for prefix, text in pairs]
         found: dict[tuple[tuple[int, ...], tuple[int, ...]], Nll] = {}
+        cut: dict[tuple[tuple[int, ...], tuple[int, ...]], bool] = {}
         todo: list[tuple[tuple[tuple[int, ...], tuple[int, ...]], list[int], int]] = []
         for key in dict.fromkeys(keys):
             text = list(key[1][: self.max_tokens - 1])
             room = self.max_tokens - len(text) - len(self._start)
+            cut[key] = len(key[0]) > max(0, room) or len(text) < len(key[1])
             context = self._start + (list(key[0][-room:]) if room > 0 else [])
             if not context and text:
                 context, text = text[:1], text[1:]
@@ -74,7 +76,7 @@ class Judge:
                     break
                 stop, keep = stop + 1, need
             for (key, _, _), nll in zip(todo[start:stop], self._nll(todo[start:stop], keep), strict=True):
-                found[key] = nll
+                found[key] = replace(nll, cut=cut[key])
             start = stop
         return [found[key] for key in keys]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from evaluation.files import read_yaml
 from evaluation.hub import model_directory
 from evaluation.manifest import Manifest
 from evaluation.systems.base import System
@@ -33,14 +34,18 @@ class SystemEntry:
     unconditional_tokens: int | None = None
     """Their length in the system's tokens; None: as long as the task's documents may be."""
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.unconditional < 0:
+            raise ConfigError(f"system {self.name}: needs batch_size >= 1 and unconditional >= 0")
+        if self.unconditional and self.system.partition(":")[0] not in ("hf", "model", "python"):
+            raise ConfigError(f"system {self.name}: {self.system} writes no passages without a prefix")
+
 
 def load_systems(path: Path) -> list[SystemEntry]:
     """Read a systems file: a YAML list of entries."""
-    import yaml
-
     if not path.is_file():
         raise ConfigError(f"{path}: no such systems file")
-    data = yaml.safe_load(path.read_text())
+    data = read_yaml(path)
     if not isinstance(data, list) or not all(isinstance(item, dict) for item in data):
         raise ConfigError(f"{path}: expected a list of entries with the keys name and system")
     return [from_dict(SystemEntry, item, where=f"{path}, entry {i + 1}") for i, item in enumerate(data)]
@@ -48,13 +53,14 @@ def load_systems(path: Path) -> list[SystemEntry]:
 
 def complete(entries: Sequence[SystemEntry], judge: Path | None) -> list[SystemEntry]:
     """Check names, and put first the rows that others are measured against: human, and with a judge shuffled."""
-    names = [entry.name for entry in entries]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"system {name}: the name stands twice")
     present = {entry.system for entry in entries}
     rows = ("human", "shuffled") if judge else ("human",)
-    return [SystemEntry(row, row) for row in rows if row not in present] + list(entries)
+    whole = [SystemEntry(row, row) for row in rows if row not in present] + list(entries)
+    names = [entry.name for entry in whole]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"system {name}: two rows have this name ({', '.join(rows)} are always there)")
+    return whole
 
 
 def open_system(entry: SystemEntry, manifest: Manifest, *, judge: Path | None = None, device: str = "cpu") -> System:

@@ -4,8 +4,11 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+import megatext
+from evaluation.files import hash_of_code
 from megatext.config import ConfigError
 from megatext.rng import derive_seed
 from megatext.tokenizer import Tokenizer
@@ -70,7 +73,7 @@ class System(ABC):
     """hash_of_model of the directory; None without one."""
     started_from: str | None = None
     """weights_hash of the model that this one's training started from; None where it started from random weights."""
-    timed: bool = False
+    timed: bool = True
     """Whether seconds per text mean anything."""
     ids_tokenizer: str | None = None
     """Fingerprint of the tokenizer of Written.ids."""
@@ -82,6 +85,12 @@ class System(ABC):
     @abstractmethod
     def generate(self, items: Sequence[Item], seed: int) -> list[Written]:
         """One text for each item. Equal seeds give equal texts."""
+
+
+def writing_code(*paths: Path) -> str:
+    """Hash of the code that decides a text: what is given, and what all systems share (lengths, seeds, tokenizers)."""
+    library = Path(megatext.__file__).parent
+    return hash_of_code(Path(__file__), library / "rng.py", library / "tokenizer.py", *paths)
 
 
 def own_tokens(item: Item, tokenizer: Tokenizer) -> int:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluation.files import hash_of, hash_of_code, hash_of_model
-from evaluation.systems.base import Item, System, Written, item_seed, own_tokens
+from evaluation.files import hash_of, hash_of_model
+from evaluation.systems.base import Item, System, Written, item_seed, own_tokens, writing_code
 from megatext.config import ConfigError
 from megatext.tokenizer import Tokenizer, load_tokenizer
 
@@ -38,14 +38,12 @@ class CausalLM(System):
     models have it. Contexts that do not fit beside what is written are cut at their start, and the cuts are counted.
     """
 
-    timed = True
-
     def __init__(self, directory: Path, sampling: CausalSampling, *, dtype: str = "fp32", device: str = "cpu") -> None:
         self.weights = hash_of_model(directory)
         self._directory, self._sampling, self._dtype, self._device = directory, sampling, dtype, device
 
     def fingerprint(self) -> str:
-        return hash_of(["hf", self.weights, asdict(self._sampling), self._dtype, hash_of_code(Path(__file__))])
+        return hash_of(["hf", self.weights, asdict(self._sampling), self._dtype, writing_code(Path(__file__))])
 
     @cached_property
     def model(self) -> Any:
@@ -85,23 +83,29 @@ class CausalLM(System):
         return [Written(self._decode(p, w), prefix_cut=c) for p, w, c in zip(prefixes, written, cuts, strict=True)]
 
     @cached_property
-    def start(self) -> list[int]:
-        """What stands before every text: the begin-of-text of models that have one of their own (Llama)."""
-        bos = self.model.config.bos_token_id
-        return [bos] if isinstance(bos, int) and bos != self.tokenizer.eos_id else []
+    def ends(self) -> set[int]:
+        """Every token that ends a text: of documents, and of turns in models that were taught to talk."""
+        given = [self.model.config.eos_token_id, getattr(self.model.generation_config, "eos_token_id", None)]
+        flat = [i for ids in given for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]
+        return {self.tokenizer.eos_id, *flat}
+
+    @cached_property
+    def limit(self) -> int:
+        """Tokens the model reads at once."""
+        return getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
 
     def _fit(self, context: list[int], tokens: int) -> tuple[list[int], int]:
         """The end of a context that fits beside `tokens` new ones, and how many are written before the window moves.
 
         Half of what the model reads is left to the context, so a text longer than the other half takes several laps."""
-        limit = (getattr(self.model.config, "max_position_embeddings", None) or 1 << 30) - len(self.start)
+        limit = self.limit - len(self.tokenizer.start_ids)
         kept = context[-max(limit - tokens, limit // 2) :]
         return kept, min(tokens, limit - max(1, len(kept)))
 
     def _write(self, prompts: list[list[int]], counts: list[int], seeds: list[int], free: bool) -> list[list[int]]:
         """counts[i] new token ids behind each prompt."""
         # With nothing before it, a text begins behind the end of another, as documents do in training.
-        prompts = [(self.start + prompt) or [self.tokenizer.eos_id] for prompt in prompts]
+        prompts = [[*self.tokenizer.start_ids, *prompt] or [self.tokenizer.eos_id] for prompt in prompts]
         generators = [torch.Generator(self._device).manual_seed(seed) for seed in seeds]
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(row)) + row for row in prompts], device=self._device)
@@ -110,7 +114,8 @@ class CausalLM(System):
         written: list[Tensor] = []
         cache = None
         for _ in range(max(counts)):
-            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            # Rows that have all their tokens go on beside longer ones: what they draw is dropped, but has a place.
+            positions = (mask.cumsum(dim=1) - 1).clamp(0, self.limit - 1)[:, -ids.shape[1] :]
             output = self.model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -119,12 +124,17 @@ class CausalLM(System):
                 use_cache=True,
                 logits_to_keep=1,
             )
-            cache = output.past_key_values
+            cache = getattr(output, "past_key_values", None)
+            if cache is None:
+                kind = self.model.config.model_type
+                raise ConfigError(
+                    f"{self._directory}: a {kind} keeps no key-value cache, and cannot be written with here"
+                )
             ids = self._draw(output.logits[:, -1].float().masked_fill(barred, -torch.inf), generators)[:, None]
             written.append(ids)
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
             if free:
-                ended |= ids[:, 0] == self.tokenizer.eos_id
+                ended |= torch.isin(ids[:, 0], torch.tensor(sorted(self.ends), device=ids.device))
                 if bool(ended.all()):
                     break
         return [row[:count] for row, count in zip(torch.cat(written, dim=1).tolist(), counts, strict=True)]
@@ -133,8 +143,10 @@ class CausalLM(System):
         """bool [vocabulary]: entries that are never written; rows that pad the table, and the ends unless free."""
         rows = self.model.config.vocab_size
         barred = torch.zeros(rows, dtype=torch.bool, device=self._device)
-        eos, never = self.tokenizer.eos_id, {self.tokenizer.pad_id, self.model.config.bos_token_id}
-        barred[[i for i in (never - {eos} if free else never | {eos}) if isinstance(i, int) and 0 <= i < rows]] = True
+        never = {self.tokenizer.pad_id, self.model.config.bos_token_id}
+        barred[[i for i in (never - self.ends if free else never | self.ends) if isinstance(i, int) and i < rows]] = (
+            True
+        )
         barred[self.tokenizer.vocab_size :] = True
         return barred
 
@@ -156,8 +168,7 @@ class CausalLM(System):
         return (logits - (-noise.clamp(min=1e-20).log()).log()).argmax(dim=-1)
 
     def _until_end(self, row: list[int]) -> list[int]:
-        eos = self.tokenizer.eos_id
-        return row[: row.index(eos)] if eos in row else row
+        return row[: next((i for i, token in enumerate(row) if token in self.ends), len(row))]
 
     def _decode(self, prompt: list[int], new: list[int]) -> str:
         """The new text; decoded behind its prompt, because some tokenizers drop a space at the start of a text."""

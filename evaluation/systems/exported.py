@@ -7,8 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from evaluation.files import hash_of, hash_of_code, hash_of_model
-from evaluation.systems.base import Item, System, Written, item_seed, own_tokens
+from evaluation.files import hash_of, hash_of_model
+from evaluation.systems.base import Item, System, Written, item_seed, own_tokens, writing_code
 from megatext.config import ConfigError, from_dict
 
 
@@ -24,13 +24,11 @@ def _library_hash(*packages: str) -> str:
     import megatext
 
     library = Path(megatext.__file__).parent
-    return hash_of_code(Path(__file__), *(library / name for name in packages))
+    return writing_code(Path(__file__), *(library / name for name in packages))
 
 
 class TextDiffusion(System):
     """A latent diffusion model, through TextGenerator. A free length stops at the end of text."""
-
-    timed = True
 
     def __init__(self, directory: Path, sampling: dict[str, Any], *, where: str, dtype: str, device: str) -> None:
         from megatext.generation.sampling import SamplingConfig
@@ -71,8 +69,6 @@ class TextDiffusion(System):
 class Reconstruction(System):
     """A TextVAE: the human target through encoder (posterior mean) and decoder (likeliest token). No continuation, but
     what the decoder of a diffusion model in these latents loses at the least."""
-
-    timed = True
 
     def __init__(self, directory: Path, device: str) -> None:
         self.weights = hash_of_model(directory)

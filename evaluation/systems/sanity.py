@@ -4,9 +4,9 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from evaluation.files import hash_of, hash_of_code, hash_of_file, read_jsonl
+from evaluation.files import hash_of, hash_of_file, read_jsonl
 from evaluation.manifest import Manifest
-from evaluation.systems.base import Item, System, Written, item_seed
+from evaluation.systems.base import Item, System, Written, item_seed, writing_code
 from megatext.config import ConfigError
 from megatext.data import DataError
 
@@ -17,6 +17,8 @@ over and over, nothing."""
 
 class SanityRow(System):
     """One of SANITY."""
+
+    timed = False
 
     def __init__(self, kind: str, manifest: Manifest, judge: Path | None) -> None:
         self.kind = kind
@@ -33,7 +35,7 @@ class SanityRow(System):
             self._tokenizer = load_tokenizer(judge)
             self.ids_tokenizer = self._tokenizer.fingerprint()
         others_hash = hash_of(self._others) if kind == "other" else None
-        self._fingerprint = hash_of(["sanity", kind, self.ids_tokenizer, others_hash, hash_of_code(Path(__file__))])
+        self._fingerprint = hash_of(["sanity", kind, self.ids_tokenizer, others_hash, writing_code(Path(__file__))])
 
     def fingerprint(self) -> str:
         return self._fingerprint
@@ -58,6 +60,8 @@ class SanityRow(System):
 
 class Generations(System):
     """Texts that were written elsewhere: JSONL with `id` and `text`, and `manifest` (a hash) if its maker gave one."""
+
+    timed = False
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self._texts: dict[str, str] = {}

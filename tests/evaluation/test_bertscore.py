@@ -1,5 +1,6 @@
 """BERTScore against the package bert-score, on a tiny random BERT."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from evaluation.metrics.bertscore import (
     inverse_document_frequencies,
     rescaled,
 )
-from evaluation.metrics.encoder import Encoder
+from evaluation.metrics.encoder import _LAYER_OF_NAME, Encoder
 from megatext.config import ConfigError
 from tests.evaluation.conftest import make_texts
 
@@ -73,7 +74,9 @@ def test_rescaling_equals_bert_score(tiny_bert: Path, tmp_path: Path) -> None:
 def test_built_in_baselines_are_the_published_ones() -> None:
     folder = Path(package().__file__).parent / "rescale_baseline" / "en"
     files = {path.stem: path for path in folder.rglob("*.tsv")}
+    layers = package().utils.model2layers
     for (model, layer), values in BASELINES.items():
+        assert next(found for name, found in layers.items() if name.rpartition("/")[2] == model) == layer
         assert baseline_of(model, layer, files[model]) == values == baseline_of(f"/models/{model}", layer, None)
 
 
@@ -83,11 +86,40 @@ def test_identical_is_one_empty_is_zero_and_pairs_do_not_touch(tiny_lm: Path) ->
     given[3] = ("  ", given[3][1])
     together = bertscore(encoder, [*given, *((r, r) for _, r in given)])
     np.testing.assert_allclose([s.fmeasure for s in together[5:]], 1, atol=1e-6)
-    assert together[3] == BertScore(0.0, 0.0, 0.0, False) == rescaled(together[3], (0.5, 0.5, 0.5))
+    assert together[3] == BertScore(0.0, 0.0, 0.0, False)
+    assert rescaled(together[3], (0.5, 0.5, 0.75)) == BertScore(-1.0, -1.0, -3.0, False)  # worse than unrelated text
     alone = [bertscore(encoder, [pair])[0].fmeasure for pair in given]
     np.testing.assert_allclose(alone, [s.fmeasure for s in together[:5]], atol=1e-6)
     idf = inverse_document_frequencies(encoder, [given[0][1]])
     assert all(np.isfinite(columns(bertscore(encoder, given, idf=idf))).ravel())  # one reference: bert-score gives nan
+
+
+def test_layers_are_the_published_ones() -> None:
+    published = {name.rpartition("/")[2]: layer for name, layer in package().utils.model2layers.items()}
+    assert {name: published[name] for name in _LAYER_OF_NAME} == _LAYER_OF_NAME
+
+
+def test_a_table_of_positions_that_begins_late_is_not_overrun(tmp_path: Path) -> None:
+    """RoBERTa and its kin give the first token the place behind the padding index; the tokenizer may say less still."""
+    import torch
+    from transformers import RobertaConfig, RobertaModel, RobertaTokenizerFast
+
+    pieces = {
+        token: i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>", "a", "b", "Ġ", "Ġa", "Ġb"])
+    }
+    (tmp_path / "vocab.json").write_text(json.dumps(pieces))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nĠ a\nĠ b\n")
+    RobertaTokenizerFast(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=len(pieces), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=22, pad_token_id=1, bos_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    RobertaModel(config).save_pretrained(tmp_path)
+    encoder = Encoder(tmp_path)
+    assert encoder.max_tokens == 20
+    (score,) = bertscore(encoder, [(" ".join("ab" * 30), " ".join("ba" * 5))], layer=1)
+    assert score.truncated and 0 < score.fmeasure <= 1.000001
 
 
 def test_a_cut_model_comes_back_whole(tiny_lm: Path) -> None:

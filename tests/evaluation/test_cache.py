@@ -50,7 +50,7 @@ def test_vectors_are_exact(values: list[float]) -> None:
     vector = np.array(values, dtype=np.float32)
     with tempfile.TemporaryDirectory() as folder:
         cache = Cache(Path(folder), "features", 0)
-        cache.complete(["x"], lambda _: [packed(vector)], lot=1)
+        cache.complete(["x"], lambda _: [{"feature": packed(vector)}], lot=1)
         np.testing.assert_array_equal(cache.stacked(["x", "x"]), np.stack([vector, vector]))
 
 

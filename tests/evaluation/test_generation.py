@@ -74,6 +74,22 @@ def test_a_text_does_not_depend_on_its_batch(tiny_lm: Path) -> None:
     assert greedy.generate(items, 0)[1:2] == greedy.generate([items[1]], 1)
 
 
+def test_a_table_of_positions_is_not_overrun_by_short_rows(tiny_lm: Path, tmp_path: Path) -> None:
+    """GPT-2 has 64 places: a row that has its 4 tokens goes on beside one that needs 50, and must not need a 65th."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shutil.copytree(tiny_lm, tmp_path / "gpt2")
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=400, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    system = CausalLM(tmp_path / "gpt2", CausalSampling(temperature=0.9))
+    items = [item(0, 4, "dog " * 100), item(1, 50, "cat")]
+    together = system.generate(items, 0)
+    assert together == [written for one in items for written in system.generate([one], 0)]
+    assert together[0].prefix_cut > 0 and together[1].prefix_cut == 0
+
+
 def test_contexts_longer_than_the_model_reads_are_cut_and_counted(tiny_lm: Path) -> None:
     """The model reads 128 tokens: half of them stay context, so 100 tokens behind 300 take two laps."""
     system = CausalLM(tiny_lm, CausalSampling(temperature=0))
@@ -325,9 +341,17 @@ def test_bad_systems_say_what_to_do(manifest: Manifest, tmp_path: Path) -> None:
     texts.write_text(2 * texts.read_text())
     with pytest.raises(DataError, match="stands there twice"):
         opened(f"jsonl:{texts}")
-    with pytest.raises(ConfigError, match="stands twice"):
-        complete([SystemEntry("a", "human"), SystemEntry("a", "other")], None)
+    for twins in ([SystemEntry("a", "human"), SystemEntry("a", "other")], [SystemEntry("human", "jsonl:x")]):
+        with pytest.raises(ConfigError, match="two rows have this name"):
+            complete(twins, None)
+    with pytest.raises(ConfigError, match="batch_size >= 1"):
+        SystemEntry("x", "hf:x", batch_size=0)
+    with pytest.raises(ConfigError, match="writes no passages"):
+        SystemEntry("x", "jsonl:x", unconditional=3)
     systems = tmp_path / "systems.yaml"
+    systems.write_text("- {name: mine, system: empty")
+    with pytest.raises(ConfigError, match="systems.yaml: not YAML"):
+        load_systems(systems)
     systems.write_text("- {name: mine, system: empty}\n")
     entries = load_systems(systems)
     assert [entry.name for entry in complete(entries, tmp_path)] == ["human", "shuffled", "mine"]

@@ -20,7 +20,12 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from lm_eval.tasks import TaskManager
 
     folder = tmp_path_factory.mktemp("tasks")
-    lines = [{"q": text[:40], "a": text[40:70], "text": text * 4} for text in make_texts(6, words=25)]
+    write_tasks(folder)
+    return TaskManager(include_path=str(folder), include_defaults=False)
+
+
+def write_tasks(folder: Path) -> None:
+    lines = [{"q": text[:40], "a": text[40:70], "text": text * 12} for text in make_texts(6, words=25)]
     (folder / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     common = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder}/lines.jsonl}}}}\ntest_split: test\n"
     (folder / "write.yaml").write_text(
@@ -35,7 +40,6 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Any:
         common + 'task: local_roll\noutput_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{text}}"\n'
         "metric_list: [{metric: word_perplexity}]\n"
     )
-    return TaskManager(include_path=str(folder), include_defaults=False)
 
 
 def evaluate(model: Any, names: list[str], tasks: Any) -> dict[str, Any]:
@@ -49,22 +53,28 @@ def answers(found: dict[str, Any], task: str) -> list[Any]:
     return [sample["resps"] for sample in sorted(found["samples"][task], key=lambda sample: sample["doc_id"])]
 
 
-def test_likelihoods_are_those_of_the_harness(tiny_lm: Path, tasks: Any) -> None:
-    """Multiple choice and rolling windows, for texts longer than the 128 tokens the model reads."""
+@pytest.fixture(params=["tiny", "trained"])
+def causal_lm(request: pytest.FixtureRequest) -> Path:
+    """A model without a begin-of-text, and one with `<s>` before every text."""
+    if request.param == "tiny":
+        return Path(request.getfixturevalue("tiny_lm"))
+    return Path(request.getfixturevalue("shared_data")) / "tiny_lm" / "stories260K_hf"
+
+
+def test_likelihoods_are_those_of_the_harness(causal_lm: Path, tasks: Any) -> None:
+    """Multiple choice and rolling windows, for texts longer than the 128 or 512 tokens the models read."""
     from lm_eval.models.huggingface import HFLM
 
     from evaluation.lm_eval_model import MegatextLM
 
     names = ["local_choose", "local_roll"]
-    ours = evaluate(MegatextLM(pretrained=str(tiny_lm), batch_size=4), names, tasks)
-    theirs = evaluate(HFLM(pretrained=str(tiny_lm), device="cpu", batch_size=1), names, tasks)
+    ours = evaluate(MegatextLM(pretrained=str(causal_lm), batch_size=4), names, tasks)
+    theirs = evaluate(HFLM(pretrained=str(causal_lm), device="cpu", batch_size=1), names, tasks)
     for name in names:
         found, wanted = answers(ours, name), answers(theirs, name)
         assert len(found) == 6
         for a, b in zip(found, wanted, strict=True):
-            assert json.loads(json.dumps(a, default=str)) is not None
-            flat_a, flat_b = _numbers(a), _numbers(b)
-            assert flat_a == pytest.approx(flat_b, rel=1e-4, abs=1e-4)
+            assert _numbers(a) == pytest.approx(_numbers(b), rel=1e-4, abs=1e-4)
     assert ours["results"]["local_choose"]["acc,none"] == theirs["results"]["local_choose"]["acc,none"]
 
 
@@ -84,6 +94,40 @@ def test_greedy_texts_are_those_of_the_harness(tiny_lm: Path, tasks: Any) -> Non
     theirs = HFLM(pretrained=str(tiny_lm), device="cpu", batch_size=1)
     assert found == answers(evaluate(theirs, ["local_write"], tasks), "local_write")
     assert all("." not in text for ((text,),) in zip(found, strict=True) for text in [text])
+
+
+def test_greedy_is_told_from_not(tiny_lm: Path) -> None:
+    """What the model itself writes greedily is greedy, and with another last token it is not."""
+    from evaluation.lm_eval_model import MegatextLM
+
+    model = MegatextLM(pretrained=str(tiny_lm), temperature=0)
+    ids = model.tok_encode("the cat saw the dog")
+    wanted = model._causal("x")._write([ids], [5], [0], False)[0]
+    other = [*wanted[:-1], (wanted[-1] + 1) % 300]
+    found = model._loglikelihood_tokens([(("", ""), ids, wanted), (("", ""), ids, other)], disable_tqdm=True)
+    assert [greedy for _, greedy in found] == [True, False]
+
+
+def test_the_command_line_is_lm_eval_s_own(tiny_lm: Path, tmp_path: Path) -> None:
+    """With all its models, and a refusal in one line."""
+    import os
+    import subprocess
+    import sys
+
+    def program(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "evaluation.lm_eval_model", "run", "--tasks", "local_write", *arguments]
+        command += ["--include_path", str(tmp_path)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        return subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, env=environment)
+
+    write_tasks(tmp_path)
+    wrong = program("--model", "megatext", "--model_args", f"pretrained={tmp_path}")
+    assert wrong.returncode == 1 and "no config.json" in wrong.stderr.splitlines()[-1]
+    from lm_eval.api.registry import get_model
+
+    import evaluation.lm_eval_model  # noqa: F401
+
+    assert get_model("megatext").__name__ == "MegatextLM" and get_model("hf").__name__ == "HFLM"
 
 
 def test_settings_and_seeds(tiny_lm: Path) -> None:

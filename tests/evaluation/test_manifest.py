@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools.shard import shard
-from evaluation.manifest import build_manifest, load_manifest, save_manifest
+from evaluation.manifest import build_manifest, load_manifest, save_manifest, stored_manifest
 from evaluation.tasks import TASKS, TaskConfig, load_task, open_pool
 from megatext.config import ConfigError
 from megatext.data import DataError
@@ -70,6 +70,17 @@ def test_the_hash_covers_everything(task_file: Path, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(DataError, match="manifest --output"):
         load_manifest(tmp_path)
+
+
+def test_an_unchanged_source_is_not_read_again(task_file: Path, tmp_path: Path) -> None:
+    task = load_task(str(task_file))
+    assert stored_manifest(task, tmp_path / "none") is None
+    manifest = build_manifest(task)
+    save_manifest(manifest, tmp_path)
+    assert stored_manifest(task, tmp_path) == manifest
+    assert stored_manifest(replace(task, seed=1), tmp_path) is None
+    Path(task.source).write_text(Path(task.source).read_text() + '{"text": "more"}\n')
+    assert stored_manifest(task, tmp_path) is None
 
 
 def test_split_fraction_stays_in_its_range(task_file: Path) -> None:
@@ -137,7 +148,9 @@ def test_one_set_of_documents_in_every_form_is_one_manifest(tmp_path: Path) -> N
     datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "saved")
     (tmp_path / "snapshot").mkdir()
     data.to_parquet(tmp_path / "snapshot" / "train-00000.parquet")
+    data.to_json(tmp_path / "export.jsonl")
     sources = [f"hf:{tmp_path}/saved:train", f"hf:{tmp_path}/snapshot:train", str(tmp_path / "snapshot")]
+    sources.append(str(tmp_path / "export.jsonl"))
     task = TaskConfig("forms", "", n=8, reference_tokenizer=None)
     with_ids = [build_manifest(replace(task, source=source)) for source in sources]
     assert len({manifest.hash for manifest in with_ids}) == 1 and with_ids[0].samples[0].id.startswith("page")
@@ -145,13 +158,19 @@ def test_one_set_of_documents_in_every_form_is_one_manifest(tmp_path: Path) -> N
     (tmp_path / "a.jsonl").write_text(lines)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     (tmp_path / "a.tokens").write_text("\n".join(texts))
+    (tmp_path / "heldout").mkdir()
+    (tmp_path / "heldout" / "news.en-00000-of-00002").write_text("\n".join(texts[:9]))
+    (tmp_path / "heldout" / "news.en-00001-of-00002").write_text("\n".join(texts[9:]))
+    bare = datasets.Dataset.from_dict({"text": [f" {text}\n" for text in texts]})
+    datasets.DatasetDict({"train": bare}).save_to_disk(tmp_path / "bare")
     (tmp_path / "blank.txt").write_text("\n\n".join(texts))
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(texts))
-    units = {"a.tokens": "line", "blank.txt": "blank_line"}
+    units = {"a.tokens": "line", "heldout": "line", "blank.txt": "blank_line"}
     without = [
         build_manifest(replace(task, source=str(tmp_path / name), text_unit=units.get(name, "separator")))  # type: ignore[arg-type]
-        for name in ("a.jsonl", "a.jsonl.gz", "a.tokens", "blank.txt", "a.txt")
+        for name in ("a.jsonl", "a.jsonl.gz", "a.tokens", "heldout", "blank.txt", "a.txt")
     ]
+    without.append(build_manifest(replace(task, source=f"hf:{tmp_path}/bare:train")))
     assert len({manifest.hash for manifest in without}) == 1 and without[0].hash != with_ids[0].hash
 
 

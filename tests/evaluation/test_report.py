@@ -35,9 +35,7 @@ def report(tmp_path_factory: pytest.TempPathFactory, tiny_lm: Path) -> Path:
     arguments += ["--metrics", "rouge,diversity,perplexity", "--judge", str(tiny_lm)]
     for name in ("wikipedia", "mine"):
         task = folder / f"{name}.yaml"
-        task.write_text(
-            f"name: {name}\nsource: {documents}\nn: 10\nmin_tokens: 20\nmax_tokens: 1024\nreference_tokenizer: null\n"
-        )
+        task.write_text(f"name: {name}\nsource: {documents}\nn: 10\nmin_tokens: 20\nreference_tokenizer: {tiny_lm}\n")
         arguments += ["--task", str(task)]
     main(arguments)
     return folder / "out" / "report.html"

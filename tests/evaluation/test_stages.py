@@ -20,6 +20,7 @@ from evaluation.metrics.encoder import Encoder
 from evaluation.scoring import ScoreConfig, load_results, score
 from evaluation.systems import SystemEntry, complete
 from megatext.data import DataError
+from tests.evaluation.conftest import make_texts
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,18 +105,27 @@ def test_results_of_other_manifests_are_refused_everywhere(
         with pytest.raises(SystemExit):
             main(stage)
         assert re.search("never compared|score again", capsys.readouterr().err)
-    results = json.loads((first / "results.json").read_text())
-    results["manifest"]["hash"] = "0" * 64
-    (second / "results.json").write_text(json.dumps(results))
+    with pytest.raises(DataError, match="score again"):
+        compare([(first, "human"), (second, "other")])
+    (second / "generations.json").unlink()
+    main(["generate", "--output", str(second), "--system", "other=other"])
+    main(["score", "--output", str(second), "--metrics", "rouge"])
     with pytest.raises(DataError, match="different manifests"):
         compare([(first, "human"), (second, "other")])
-    results = json.loads((first / "results.json").read_text())
-    results["config"]["stem"] = True
-    (second / "results.json").write_text(json.dumps(results))
+    results = json.loads((second / "results.json").read_text())
+    third = tmp_path / "third"
+    main(["manifest", "--task", str(task_file), "--limit", "10", "--output", str(third)])
+    main(["generate", "--output", str(third), "--system", "other=other"])
+    main(["score", "--output", str(third), "--metrics", "rouge", "--stem"])
     with pytest.raises(DataError, match="settings of stem"):
-        compare([(first, "human"), (second, "other")])
-    results["schema_version"] = 1
-    (second / "results.json").write_text(json.dumps(results))
+        compare([(third, "human"), (second, "other")])
+    # A kill between the two files of `score` leaves other texts than the numbers were made from.
+    (second / "samples.jsonl").write_text((second / "samples.jsonl").read_text().replace("the", "a"))
+    with pytest.raises(DataError, match="not the texts that"):
+        load_results(second)
+    main(["score", "--output", str(second), "--metrics", "rouge"])
+    assert load_results(second)["systems"] == results["systems"]
+    (second / "results.json").write_text(json.dumps({**results, "schema_version": 1}))
     with pytest.raises(DataError, match="another version"):
         load_results(second)
     with pytest.raises(SystemExit):
@@ -200,7 +210,10 @@ def test_compare(scored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     means = {name: sum(r["rouge1"] for r in per_sample if r["system"] == name) / 20 for name in ("AR", "other")}
     assert by_key["AR", "rouge1"]["difference"] == pytest.approx(means["AR"] - means["other"])
     assert "MAUVE" in comparison_table(comparison)
-    assert not any(row["metric"] == "mauve" for row in compare(rows, cache=tmp_path / "none")["differences"])
+    without = compare(rows, cache=tmp_path / "none")
+    assert not any(row["metric"] == "mauve" for row in without["differences"])
+    assert "give --cache DIR" in comparison_table(without)
+    assert compare([rows[1], rows[1]])["baseline"] == f"{scored}:AR"  # of one name, told apart by their directories
     capsys.readouterr()
     main(["compare", f"{scored}:AR", f"{scored}:other", "--output", str(tmp_path / "c.json")])
     assert "minus other" in capsys.readouterr().out
@@ -265,7 +278,7 @@ def test_scoring_resumes_after_kill(task_file: Path, tiny_lm: Path, tmp_path: Pa
 
 
 def test_two_tasks_share_a_report_in_the_paper_s_layout(
-    task_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    task_file: Path, tiny_lm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tasks = []
     for name in ("tinystories", "mine"):
@@ -274,7 +287,8 @@ def test_two_tasks_share_a_report_in_the_paper_s_layout(
         text = task_file.read_text().replace("name: tiny", f"name: {name}")
         path.write_text(text.replace("max_tokens: 20\nsplit_fraction: [0.5, 0.5]", paper))
         tasks += ["--task", str(path)]
-    common = ["--metrics", "rouge,diversity", "--system", "other=other", "--output", str(tmp_path / "out")]
+    common = ["--metrics", "rouge,diversity", "--system", "other=other", "--reference-tokenizer", str(tiny_lm)]
+    common += ["--output", str(tmp_path / "out")]
     main(["run", *tasks, *common, "--limit", "8"])
     assert capsys.readouterr().out.count("8 continuations") == 2
     markdown = (tmp_path / "out" / "table.md").read_text().splitlines()
@@ -285,7 +299,7 @@ def test_two_tasks_share_a_report_in_the_paper_s_layout(
     assert any("Other documents, lengths and scoring models" in line for line in markdown)
     assert "tinystories,,TextLDM 114M,yes,mauve,1.00" in (tmp_path / "out" / "table.csv").read_text()
     # Other lengths than the published ones: no published numbers beside them.
-    path.write_text(text.replace("name: mine", "name: tinystories"))
+    path.write_text(text.replace("name: mine", "name: tinystories").replace("max_tokens: 20", "max_tokens: 30"))
     main(["run", "--task", str(path), *common[:-1], str(tmp_path / "short"), "--limit", "8"])
     assert "published" not in (tmp_path / "short" / "table.md").read_text()
     capsys.readouterr()
@@ -309,6 +323,12 @@ def test_dry_run_writes_no_text(
     run(output, task_file, tiny_lm, "--dry-run")
     rows = {line[:26].strip(): line[26:].split() for line in capsys.readouterr().out.splitlines()}
     assert rows["AR, continuations"][:3] == ["20", "20", "0.0"]
+    run(output, task_file, tiny_lm, "--metrics", "perplexity,bertscore")
+    capsys.readouterr()
+    run(output, task_file, tiny_lm, "--dry-run")
+    rows = {line[:26].strip(): line[26:].split() for line in capsys.readouterr().out.splitlines()}
+    assert rows["bertscore"][:3] == ["120", "120", "0.0"]
+    assert rows["perplexity"][0] == "120" and int(rows["perplexity"][1]) >= 100  # shuffled ids are not known here
     main(["score", "--output", str(output / "tiny"), "--metrics", "rouge,diversity", "--dry-run"])
     assert "together" in capsys.readouterr().out
 
@@ -333,7 +353,11 @@ def test_help_is_quick_and_errors_are_one_line(tmp_path: Path) -> None:
 def test_offline_says_which_option_takes_a_local_copy(task_file: Path, tiny_lm: Path, tmp_path: Path) -> None:
     """Everything that would be fetched is named in a line of its own, before anything is written."""
     whole = ["run", "--output", str(tmp_path / "out"), "--system", "other=other"]
-    local = ["--task", str(task_file), "--judge", str(tiny_lm)]
+    many = tmp_path / "many.yaml"
+    documents = tmp_path / "many.jsonl"
+    documents.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(120)))
+    many.write_text(f"name: many\nsource: {documents}\nn: 100\nreference_tokenizer: null\n")
+    local = ["--task", str(many), "--judge", str(tiny_lm)]
     cases = [
         ([*whole, "--task", "tinystories", "--metrics", "rouge"], "tokenizer|source"),
         ([*whole, *local], "--featuriser DIR"),
@@ -353,5 +377,6 @@ def test_offline_says_which_option_takes_a_local_copy(task_file: Path, tiny_lm: 
     done = program("-c", script, json.dumps([c for c, _ in cases]), HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf"))
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == len(cases), done.stderr
+    assert not list(tmp_path.glob("out/*/cache/*/*/*")) and not list(tmp_path.glob("out/*/generations.json"))
     for line, (_, option) in zip(errors, cases, strict=True):
         assert re.search(option, line) and "HF_HUB_OFFLINE forbids fetching it" in line, line

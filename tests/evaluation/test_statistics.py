@@ -12,6 +12,11 @@ def test_bootstrap_error_is_that_of_a_mean() -> None:
     assert spread(Bootstrap(400, seed=1).mean(values))[0] == error
 
 
+def test_one_sample_has_no_spread() -> None:
+    error, interval = spread(Bootstrap(1).mean([3.0]))
+    assert np.isnan(error) and np.isnan(interval).all()
+
+
 def test_jackknife_of_a_mean_is_its_standard_error() -> None:
     texts = [[int(x)] for x in np.random.default_rng(0).integers(0, 100, size=60)]
     error = jackknife_error(texts, lambda kept: float(np.mean(kept)), groups=60)
