@@ -9,9 +9,8 @@ told. sacrebleu is timed on some texts against all others and scaled up: a text'
 
 import argparse
 import json
-import os
 import random
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -201,15 +200,18 @@ def _second_system(targets: list[str], written: list[str], folder: Path, rows: A
         return original(self, sequences)
 
     Encoder.last_token = counted  # type: ignore[method-assign]
-    counts, seconds = [], []
-    for systems in (["a=repeat"], ["a=repeat", "b=other"]):
-        featurised[0], began = 0, time.perf_counter()
+    counts = []
+    for systems in (["a=repeat"], ["a=repeat", f"b=jsonl:{folder / 'b.jsonl'}"]):
+        featurised[0] = 0
         options = [part for system in systems for part in ("--system", system)]
         with redirect_stdout(StringIO()):
             evaluation(["run", "--task", str(task), *options, "--metrics", "mauve", "--output", str(output),
                         "--featuriser", str(folder / "bert"), "--mauve-seeds", "1", "--device", "cpu"])  # fmt: skip
         counts.append(featurised[0])
-        seconds.append(time.perf_counter() - began)
+        samples = [json.loads(line) for line in (output / "second" / "manifest.jsonl").read_text().splitlines()]
+        texts = [{"id": sample["id"], "text": written[i][-300:]} for i, sample in enumerate(samples)]
+        (folder / "b.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    assert counts[1] == some, f"a second system of {some} texts had {counts[1]} featurised"
     Encoder.last_token = original  # type: ignore[method-assign]
     rows.append([f"texts featurised, first system of {some} samples (human, ceiling, own)", str(counts[0]), "", ""])
     rows.append(["texts featurised, second system", str(counts[1]), "", ""])
@@ -225,11 +227,23 @@ def _memory(texts: list[str], folder: Path, rows: Any, figures: Any) -> None:
     task = folder / "memory.yaml"
     task.write_text(f"name: memory\nsource: {documents}\nn: {len(texts) // 2}\nreference_tokenizer: null\n")
     systems = ["--system", "a=repeat", "--system", "b=other", "--system", "c=empty"]
-    command = [sys.executable, "-m", "evaluation", "run", "--task", str(task), *systems]
-    command += ["--metrics", "rouge,diversity", "--output", str(folder / "memory")]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    peak = max(before, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 2**20
+    arguments = [
+        "run",
+        "--task",
+        str(task),
+        *systems,
+        "--metrics",
+        "rouge,diversity",
+        "--output",
+        str(folder / "memory"),
+    ]
+    # ru_maxrss of a child begins at its parent's: the child itself reads its own high-water mark.
+    script = (
+        "import sys; from evaluation.__main__ import main; main(sys.argv[1:]); print(open('/proc/self/status').read())"
+    )
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]) / 2**20  # type: ignore[index]
     rows.append([f"peak memory without models, {len(texts) // 2} samples, GiB", f"{peak:.2f}", "", ""])
     figures["peak_gib"] = round(peak, 3)
 
