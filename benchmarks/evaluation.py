@@ -9,6 +9,7 @@ told. sacrebleu is timed on some texts against all others and scaled up: a text'
 
 import argparse
 import json
+import logging
 import random
 import re
 import subprocess
@@ -108,6 +109,7 @@ def _rouge(targets: list[str], written: list[str], stem: bool, repeats: int, row
 def _self_bleu(texts: list[str], some: int, repeats: int, rows: Any, figures: Any) -> None:
     import sacrebleu
 
+    logging.getLogger("sacrebleu").setLevel(logging.ERROR)  # advises another setting at every sentence
     from evaluation.metrics.diversity import self_bleu
 
     words = [text.split() for text in texts]

@@ -85,12 +85,16 @@ def comparison_table(comparison: dict[str, Any]) -> str:
         wins = "-" if row["wins"] is None else f"{row['wins']:.1%}"
         lines.append(
             f"{row['system']:<{width}} {BY_KEY[row['metric']].heading:<10} {row['n']:>5} {row['difference']:>11.3f} "
-            f"{interval:>20} {row['p']:>8.4f} {row['p_holm']:>9.4f} {wins:>6}"
+            f"{interval:>20} {_p(row['p']):>8} {_p(row['p_holm']):>9} {wins:>6}"
         )
     lines.append(f"p (Holm) holds for all {len(rows)} lines together; wins are samples, ties count half.")
     if any(row["metric"] == "mauve" for row in rows):
         lines.append("MAUVE: all three texts clustered together; interval and p by the normal approximation.")
     return "\n".join([*lines, *comparison["notes"]])
+
+
+def _p(value: float) -> str:
+    return "< 0.0001" if value < 0.00005 else f"{value:.4f}"
 
 
 def _refuse(first: dict[str, Any], other: dict[str, Any], path: Path, other_path: Path) -> None:

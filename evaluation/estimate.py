@@ -31,7 +31,7 @@ class Work:
     cached: int
     """Of these, found in the cache."""
     seconds: float
-    """What the rest may take on this machine; within a factor of 2 when the machine does nothing else."""
+    """What the rest may take on this machine; a line may be off by a factor of 2.5, the sum was within 10 %."""
 
 
 def plan_generation(manifest: Manifest, entries: Sequence[SystemEntry], settings: Settings) -> list[Work]:
@@ -259,7 +259,7 @@ def describe(plan: Sequence[Work]) -> str:
     lines = [f"{'what':<{width}}  {'texts':>8} {'cached':>8} {'about':>10}"]
     for work in [*plan, total]:
         lines.append(f"{work.what:<{width}}  {work.total:>8,} {work.cached:>8,} {_duration(work.seconds):>10}")
-    lines.append("Measured on a few texts each; a machine that does other things too takes longer.")
+    lines.append("Measured on some shortened texts each: a line may be off by a factor of 2 or 3, the sum by less.")
     return "\n".join(lines)
 
 

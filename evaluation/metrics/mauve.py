@@ -41,8 +41,8 @@ class Mauve:
 
     @property
     def error(self) -> float:
-        """Standard error of the mean over seeds: of the seeds (SD / sqrt of their number) and of the choice of texts, in
-        quadrature. Measured by drawing both sets anew 40 times: 1.0 to 1.24 times the true spread."""
+        """Standard error of the mean over seeds: of the seeds (SD / sqrt of their number) and of the choice of texts,
+        in quadrature. Measured by drawing both sets anew 40 times: 1.0 to 1.24 times the true spread."""
         return math.hypot(self.seed_sd / math.sqrt(self.seeds), self.sampling_sd)
 
 
