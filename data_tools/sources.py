@@ -131,8 +131,6 @@ def _decode_item(item: bytes | dict[str, Any], chunk: Chunk, number: int) -> Doc
     meta = record.get("meta")
     try:
         plain = _plain(meta) if isinstance(meta, dict) else {}
-        if isinstance(record.get("id"), str | int):  # of a data set exported as JSON lines
-            plain.setdefault("id", _plain(record["id"]))
     except RecursionError:
         return Problem("broken_json", f"{place}: its meta is nested too deeply")
     return Document(f"{chunk.source}-{number:09d}", _plain(text), plain)

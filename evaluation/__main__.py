@@ -283,10 +283,11 @@ def _compare(arguments: argparse.Namespace) -> None:
     rows = []
     for text in arguments.rows:
         # Both may hold a colon: the directory is what is one.
-        cuts = [i for i, letter in enumerate(text) if letter == ":" and Path(text[:i]).is_dir() and text[i + 1 :]]
+        places = [i for i, letter in enumerate(text) if letter == ":" and 0 < i < len(text) - 1]
+        cuts = [i for i in places if (Path(text[:i]) / "results.json").is_file()]
         if not cuts:
-            raise ConfigError(f"{text}: write DIR:SYSTEM, e.g. runs/eval:dit, with a directory that is there")
-        rows.append((Path(text[: cuts[0]]), text[cuts[0] + 1 :]))
+            raise ConfigError(f"{text}: write DIR:SYSTEM, e.g. runs/eval:dit, with a directory that was scored")
+        rows.append((Path(text[: cuts[-1]]), text[cuts[-1] + 1 :]))
     if len(rows) < 2:
         raise ConfigError("compare needs two rows or more; the last is the one that the others are compared with")
     comparison = compare(rows, cache=arguments.cache, seed=arguments.seed)
@@ -320,17 +321,18 @@ def _run(arguments: argparse.Namespace) -> None:
     sources = arguments.source or [None] * len(arguments.task)
     if len(sources) != len(arguments.task):
         raise ConfigError(f"{len(arguments.task)} tasks and {len(sources)} sources: give one --source for each --task")
-    outputs = [arguments.output / load_task(task).name for task in arguments.task]
+    tasks = [load_task(task, limit=arguments.limit) for task in arguments.task]
+    for task in tasks:  # a model that is missing is missed before the first document is read, not after an hour
+        Models(config, task.n, "cpu")
+    outputs = [arguments.output / task.name for task in tasks]
     if len(set(outputs)) < len(outputs):
         raise ConfigError("two tasks have one name: what is written of them would be one")
     manifests = [
-        _build(task, source, arguments, output)
-        for task, source, output in zip(arguments.task, sources, outputs, strict=True)
+        _build(name, source, arguments, output)
+        for name, source, output in zip(arguments.task, sources, outputs, strict=True)
     ]
     settings = [_settings(arguments, output) for output in outputs]
     for manifest, own in zip(manifests, settings, strict=True):
-        # What is missing is missed before the first text is written, not after an hour.
-        Models(config, len(manifest.samples), "cpu")
         for entry in entries:
             open_system(entry, manifest, judge=own.judge)
     if arguments.dry_run:

@@ -37,8 +37,8 @@ class Work:
 def plan_generation(manifest: Manifest, entries: Sequence[SystemEntry], settings: Settings) -> list[Work]:
     """What `generate` would do. Writes some shortened texts with each system that is not cached, and keeps none."""
     plan = []
-    systems = [open_system(entry, manifest, judge=settings.judge, device=settings.device) for entry in entries]
-    for entry, system in zip(entries, systems, strict=True):
+    for entry in entries:
+        system = open_system(entry, manifest, judge=settings.judge, device=settings.device)
         continuations, passages = items_of(manifest, entry, settings.length)
         for kind, items in (("continuations", continuations), ("unconditional", passages)):
             if items:
@@ -133,9 +133,10 @@ def _plan_perplexity(plan: _Plan) -> Work:
             rows = [ids[: len(target)] for ids, target in zip(encode(list(texts)), targets, strict=True)]
             missing = set(cache.missing(keys := [pair_key(p, ids) for p, ids in zip(prefixes, rows, strict=True)]))
             cached += sum(key not in missing for key in keys)
-    pairs = list(zip(prefixes, targets, strict=True))
-    seconds = _probe(lambda p: model.judge.score([pairs[i] for i in p]), [len(p) + len(t) for p, t in pairs], 256)
-    return plan.work("perplexity", len(plan.texts) * len(pairs), cached, len(plan.texts) * seconds)
+    pairs, total, seconds = list(zip(prefixes, targets, strict=True)), len(plan.texts) * len(targets), 0.0
+    if cached < total:
+        seconds = _probe(lambda p: model.judge.score([pairs[i] for i in p]), [len(p) + len(t) for p, t in pairs], 256)
+    return plan.work("perplexity", total, cached, len(plan.texts) * seconds)
 
 
 def _plan_bertscore(plan: _Plan) -> Work:
@@ -152,7 +153,8 @@ def _plan_bertscore(plan: _Plan) -> Work:
         cached += sum(key not in missing for key in keys)
     total = len(plan.texts) * len(targets)
     # Each system's texts and, once, the references; the human row is the references.
-    return plan.work("bertscore", total, cached, len(plan.texts) * _probe_encoder(plan, model.encoder, layer))
+    seconds = _probe_encoder(plan, model.encoder, layer) if cached < total else 0.0
+    return plan.work("bertscore", total, cached, len(plan.texts) * seconds)
 
 
 def _plan_mauve(plan: _Plan) -> Work:

@@ -71,9 +71,9 @@ def items_of(manifest: Manifest, entry: SystemEntry, length: Length) -> tuple[li
     return items, [Item(str(i), "", "", tokens) for i in range(entry.unconditional if model else 0)]
 
 
-def generate(manifest: Manifest, entry: SystemEntry, settings: Settings, system: System | None = None) -> Generated:
+def generate(manifest: Manifest, entry: SystemEntry, settings: Settings) -> Generated:
     """Write what is missing of a system's texts and return all of them."""
-    system = system or open_system(entry, manifest, judge=settings.judge, device=settings.device)
+    system = open_system(entry, manifest, judge=settings.judge, device=settings.device)
     items, free = items_of(manifest, entry, settings.length)
     records = _written(system, entry, items, settings, "continuations")
     passages = _written(system, entry, free, settings, "unconditional") if free else []
@@ -100,9 +100,9 @@ def generate_all(
     manifest: Manifest, entries: Sequence[SystemEntry], settings: Settings, output: Path
 ) -> list[Generated]:
     """Every system's texts, and `output/generations.json`, by which the later stages find them."""
-    # What is wrong with the last row is said before the first one writes.
-    systems = [open_system(entry, manifest, judge=settings.judge, device=settings.device) for entry in entries]
-    found = [generate(manifest, entry, settings, system) for entry, system in zip(entries, systems, strict=True)]
+    for entry in entries:  # what is wrong with the last row is said before the first one writes
+        open_system(entry, manifest, judge=settings.judge, device=settings.device)
+    found = [generate(manifest, entry, settings) for entry in entries]  # one model in memory at a time
     atomic_write(output / "generations.json", json.dumps([asdict(item) for item in found], ensure_ascii=False))
     return found
 

@@ -3,8 +3,10 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from megatext.config import ConfigError
+from megatext.tokenizer import Tokenizer
 
 _WEIGHTS = ["*.safetensors", "*.json", "*.txt", "*.model"]
 
@@ -41,6 +43,12 @@ def model_directory(name_or_directory: str, option: str) -> Path:
         hint = offline_hint(f"{option} DIR, a local copy of the model")
         raise ConfigError(f"{option} {name_or_directory}: its weights are not on this machine{hint}")
     return fetched
+
+
+def text_start(tokenizer: Tokenizer, config: Any) -> list[int]:
+    """What stands before every text a causal LM reads: its tokenizer's start, unless the model has no begin-of-text and
+    so never saw one (baselines trained here)."""
+    return [] if getattr(config, "bos_token_id", None) is None else list(tokenizer.start_ids)
 
 
 def scoring_model(name_or_directory: str, option: str) -> Path:

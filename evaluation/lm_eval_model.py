@@ -120,8 +120,8 @@ class MegatextLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Ids, behind what stands before every text unless `add_special_tokens` is False."""
-        tokenizer = self._causal("tokens").tokenizer
-        return [*(() if add_special_tokens is False else tokenizer.start_ids), *tokenizer.encode(string)]
+        system = self._causal("tokens")
+        return [*([] if add_special_tokens is False else system.start), *system.tokenizer.encode(string)]
 
     @property
     def eot_token_id(self) -> int:

@@ -62,8 +62,8 @@ class Manifest:
 def build_manifest(task: TaskConfig) -> Manifest:
     """Choose task.n documents, and n more for `others`, and cut each. Raises ConfigError with counts if too few are
     long enough."""
-    stamp = stamp_of(task)
     pool = open_pool(task)
+    stamp = stamp_of(task)
     cut, fingerprint = _cutter(task, pool)
     chosen: list[Sample] = []
     passed_over = 0
@@ -131,6 +131,8 @@ def stored_manifest(task: TaskConfig, directory: Path) -> Manifest | None:
     try:
         manifest = load_manifest(directory)
         wanted = json.loads(json.dumps({**asdict(task), "source_stamp": stamp_of(task)}))
+        if task.reference_tokenizer is not None:
+            wanted["reference_fingerprint"] = _token_ends(task, None)[1]
     except (DataError, OSError):
         return None
     return manifest if all(manifest.task.get(key) == value for key, value in wanted.items()) else None
@@ -206,8 +208,8 @@ def _cutter(task: TaskConfig, pool: Pool) -> tuple[Callable[[str, float], Cut | 
     return cut, fingerprint
 
 
-def _token_ends(task: TaskConfig, pool: Pool) -> tuple[Callable[[str], list[int]], str]:
-    name = task.reference_tokenizer or pool.tokenizer
+def _token_ends(task: TaskConfig, pool: Pool | None) -> tuple[Callable[[str], list[int]], str]:
+    name = task.reference_tokenizer or (pool.tokenizer if pool else None)
     if name is None:
         return lambda text: [match.end() for match in _WORD.finditer(text)], "words"
     from megatext.tokenizer import load_tokenizer

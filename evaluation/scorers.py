@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+import megatext.tokenizer
 from evaluation import statistics
 from evaluation.cache import Cache, key_of, packed
 from evaluation.files import hash_of, hash_of_code
@@ -315,7 +316,7 @@ def _nlls(scoring: Scoring, pairs: Sequence[tuple[list[int], list[int]]], what: 
 
 def nll_key(weights: str, dtype: str) -> tuple[str, Any]:
     """Where the cache holds what a judge said."""
-    return "nll", [weights, dtype, hash_of_code(_METRICS / "perplexity.py")]
+    return "nll", [weights, dtype, hash_of_code(_METRICS / "perplexity.py", Path(megatext.tokenizer.__file__))]
 
 
 def pair_key(prefix: Sequence[int], text: Sequence[int]) -> str:

@@ -1,6 +1,7 @@
 """Tasks: which documents are continued, where they are cut, and how their texts are read."""
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -101,17 +102,22 @@ def open_pool(task: TaskConfig) -> Pool:
 def _files(path: Path, unit: str) -> Pool:
     """A file or a folder, read once for the ids and once more for each lot of texts."""
     places: dict[str, int] = {}
-    for place, (identity, _) in enumerate(tqdm(_documents(path, unit), desc="documents", unit="", disable=None)):
+    texts: dict[str, str] = {}
+    for place, (identity, text) in enumerate(tqdm(_documents(path, unit), desc="documents", unit="", disable=None)):
+        if texts.setdefault(identity, own := _text_id(text)) != own:
+            raise DataError(f"{path}: two documents have the id {identity}; a task needs ids that tell them apart")
         places.setdefault(identity, place)
     order = list(places.values())
 
+    del texts
+
     def read(indices: Sequence[int]) -> list[str]:
         wanted = {order[index]: rank for rank, index in enumerate(indices)}
-        texts = [""] * len(indices)
-        for place, (_, text) in enumerate(_documents(path, unit)):
+        found = [""] * len(indices)
+        for place, (_, document) in enumerate(_documents(path, unit)):
             if place in wanted:
-                texts[wanted[place]] = text
-        return texts
+                found[wanted[place]] = document
+        return found
 
     return Pool(list(places), read)
 
@@ -122,11 +128,8 @@ def _documents(path: Path, unit: str) -> Iterator[tuple[str, str]]:
 
     if not path.exists():
         raise DataError(f"{path}: no such file; a source is hf:NAME[:CONFIG]:SPLIT, shards:DIR:SPLIT, or a path")
-    files = sorted(str(file) for file in path.rglob("*") if file.is_file()) if path.is_dir() else [str(path)]
-    # One Billion Word's files have no ending, or one of their own: where no ending is known, all files are text.
-    known = [name for name in files if name.endswith(sources.SUFFIXES)]
-    for name in known or files:
-        if name.endswith(".txt") or not known:
+    for name in _files_of(path, unit):
+        if not name.endswith(sources.SUFFIXES) or name.endswith(".txt"):
             yield from ((_text_id(text), text) for text in _parts(Path(name), unit))
             continue
         for chunk in sources.read([name]):
@@ -135,8 +138,32 @@ def _documents(path: Path, unit: str) -> Iterator[tuple[str, str]]:
                 if problem.cause != "empty":
                     raise DataError(f"{problem.message}; mend or remove it")
             for document in documents:
-                given = document.meta.get("id")
-                yield (_text_id(document.text) if given is None else str(given)), document.text
+                given = document.meta.get("id", _id_of(chunk.items[int(document.key[-9:]) - chunk.first]))
+                plain = isinstance(given, str | int) and not isinstance(given, bool)
+                yield (str(given) if plain else _text_id(document.text)), document.text
+
+
+def _files_of(path: Path, unit: str) -> list[str]:
+    """What is read of a file or folder. One Billion Word's files have no ending, or one of their own."""
+    from data_tools import sources
+
+    if path.is_file():
+        return [str(path)]
+    files = sorted(str(f) for f in path.rglob("*") if f.is_file() and not f.name.startswith("."))
+    known = [name for name in files if name.endswith(sources.SUFFIXES)]
+    if unit != "line":
+        return sources.expand([str(path)])
+    if known and len(known) < len(files):
+        raise DataError(f"{path}: holds files of several kinds, {Path(files[0]).name} and others; give the one to read")
+    return files
+
+
+def _id_of(item: Any) -> Any:
+    """The `id` of a line of JSON."""
+    if not isinstance(item, bytes) or b'"id"' not in item:
+        return None
+    record = json.loads(item)
+    return record.get("id") if isinstance(record, dict) else None
 
 
 def _parts(path: Path, unit: str) -> Iterator[str]:
@@ -200,10 +227,10 @@ def _hugging_face(rest: str) -> Pool:
 def stamp_of(task: TaskConfig) -> Any:
     """What a source looked like, without reading it: a manifest of an unchanged source is not made again."""
     kind, _, rest = task.source.partition(":")
-    if kind == "hf":
+    if kind == "hf" and not Path(rest.partition(":")[0]).is_dir():
         return task.source
     if kind == "shards":
         return hash_of_file(Path(rest.rpartition(":")[0] or rest) / MANIFEST)
-    path = Path(task.source)
+    path = Path(rest.partition(":")[0] if kind == "hf" else task.source)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]

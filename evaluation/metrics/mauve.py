@@ -169,6 +169,7 @@ def _one_thread() -> AbstractContextManager[object]:
     """One thread for faiss and for the linear algebra of the principal components: faster on small sets, and the number
     of threads moves the last digits."""
     import faiss  # noqa: F401 (limits hold for libraries that are loaded)
+    import sklearn.decomposition  # noqa: F401
     from threadpoolctl import threadpool_limits
 
     return threadpool_limits(1)

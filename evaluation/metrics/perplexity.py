@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from evaluation.hub import text_start
+
 _MAX_BATCH_TOKENS = 8192
 _MAX_LOGITS = 1 << 26
 
@@ -38,7 +40,7 @@ class Judge:
         self.tokenizer = load_tokenizer(directory)
         config = self.model.config
         self.max_tokens: int = getattr(config, "max_position_embeddings", None) or 1 << 30
-        self._start = list(self.tokenizer.start_ids)
+        self._start = text_start(self.tokenizer, config)
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Nll]:
         """Nll of each continuation given its prefix, both judge tokens. Equal pairs are scored once.
@@ -51,7 +53,7 @@ class Judge:
         cut: dict[tuple[tuple[int, ...], tuple[int, ...]], bool] = {}
         todo: list[tuple[tuple[tuple[int, ...], tuple[int, ...]], list[int], int]] = []
         for key in dict.fromkeys(keys):
-            text = list(key[1][: self.max_tokens - 1])
+            text = list(key[1][: self.max_tokens - max(1, len(self._start))])
             room = self.max_tokens - len(text) - len(self._start)
             cut[key] = len(key[0]) > max(0, room) or len(text) < len(key[1])
             context = self._start + (list(key[0][-room:]) if room > 0 else [])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from evaluation.files import hash_of, hash_of_model
+from evaluation.hub import text_start
 from evaluation.systems.base import Item, System, Written, item_seed, own_tokens, writing_code
 from megatext.config import ConfigError
 from megatext.tokenizer import Tokenizer, load_tokenizer
@@ -83,6 +84,11 @@ class CausalLM(System):
         return [Written(self._decode(p, w), prefix_cut=c) for p, w, c in zip(prefixes, written, cuts, strict=True)]
 
     @cached_property
+    def start(self) -> list[int]:
+        """What stands before every text."""
+        return text_start(self.tokenizer, self.model.config)
+
+    @cached_property
     def ends(self) -> set[int]:
         """Every token that ends a text: of documents, and of turns in models that were taught to talk."""
         given = [self.model.config.eos_token_id, getattr(self.model.generation_config, "eos_token_id", None)]
@@ -98,14 +104,14 @@ class CausalLM(System):
         """The end of a context that fits beside `tokens` new ones, and how many are written before the window moves.
 
         Half of what the model reads is left to the context, so a text longer than the other half takes several laps."""
-        limit = self.limit - len(self.tokenizer.start_ids)
+        limit = self.limit - len(self.start)
         kept = context[-max(limit - tokens, limit // 2) :]
         return kept, min(tokens, limit - max(1, len(kept)))
 
     def _write(self, prompts: list[list[int]], counts: list[int], seeds: list[int], free: bool) -> list[list[int]]:
         """counts[i] new token ids behind each prompt."""
         # With nothing before it, a text begins behind the end of another, as documents do in training.
-        prompts = [[*self.tokenizer.start_ids, *prompt] or [self.tokenizer.eos_id] for prompt in prompts]
+        prompts = [[*self.start, *prompt] or [self.tokenizer.eos_id] for prompt in prompts]
         generators = [torch.Generator(self._device).manual_seed(seed) for seed in seeds]
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(row)) + row for row in prompts], device=self._device)
@@ -144,9 +150,9 @@ class CausalLM(System):
         rows = self.model.config.vocab_size
         barred = torch.zeros(rows, dtype=torch.bool, device=self._device)
         never = {self.tokenizer.pad_id, self.model.config.bos_token_id}
-        barred[[i for i in (never - self.ends if free else never | self.ends) if isinstance(i, int) and i < rows]] = (
-            True
-        )
+        barred[
+            [i for i in (never - self.ends if free else never | self.ends) if isinstance(i, int) and 0 <= i < rows]
+        ] = True
         barred[self.tokenizer.vocab_size :] = True
         return barred
 

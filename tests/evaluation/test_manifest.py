@@ -72,7 +72,9 @@ def test_the_hash_covers_everything(task_file: Path, tmp_path: Path) -> None:
         load_manifest(tmp_path)
 
 
-def test_an_unchanged_source_is_not_read_again(task_file: Path, tmp_path: Path) -> None:
+def test_an_unchanged_source_is_not_read_again(
+    task_file: Path, tiny_lm: Path, tokenizer_directory: Path, tmp_path: Path
+) -> None:
     task = load_task(str(task_file))
     assert stored_manifest(task, tmp_path / "none") is None
     manifest = build_manifest(task)
@@ -81,6 +83,14 @@ def test_an_unchanged_source_is_not_read_again(task_file: Path, tmp_path: Path) 
     assert stored_manifest(replace(task, seed=1), tmp_path) is None
     Path(task.source).write_text(Path(task.source).read_text() + '{"text": "more"}\n')
     assert stored_manifest(task, tmp_path) is None
+    by_tokens = replace(task, reference_tokenizer=str(tiny_lm), min_tokens=8)
+    save_manifest(build_manifest(by_tokens), tmp_path)
+    assert stored_manifest(by_tokens, tmp_path) is not None
+    facts = json.loads((tmp_path / "manifest.json").read_text())
+    other = build_manifest(replace(by_tokens, reference_tokenizer=str(tokenizer_directory)))
+    assert facts["reference_fingerprint"] != other.task["reference_fingerprint"]
+    save_manifest(replace(other, task={**other.task, "reference_tokenizer": str(tiny_lm)}), tmp_path)
+    assert stored_manifest(by_tokens, tmp_path) is None  # the tokenizer at that path is another one now
 
 
 def test_split_fraction_stays_in_its_range(task_file: Path) -> None:
@@ -172,6 +182,20 @@ def test_one_set_of_documents_in_every_form_is_one_manifest(tmp_path: Path) -> N
     ]
     without.append(build_manifest(replace(task, source=f"hf:{tmp_path}/bare:train")))
     assert len({manifest.hash for manifest in without}) == 1 and without[0].hash != with_ids[0].hash
+
+
+def test_a_folder_tells_its_kind_or_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(DataError, match="no readable file in this folder"):
+        open_pool(TaskConfig("x", str(tmp_path)))
+    (tmp_path / "news.en").write_text("one\ntwo\n")
+    (tmp_path / "README.txt").write_text("what this is")
+    with pytest.raises(DataError, match="several kinds"):
+        open_pool(TaskConfig("x", str(tmp_path), text_unit="line"))
+    twins = tmp_path / "twins.jsonl"
+    twins.write_text('{"id": 0, "text": "a"}\n{"id": 0, "text": "b"}\n')
+    with pytest.raises(DataError, match="two documents have the id 0"):
+        open_pool(TaskConfig("x", str(twins)))
 
 
 def test_a_split_of_shards_is_a_source(tmp_path: Path, tokenizer_directory: Path) -> None:
