@@ -23,12 +23,12 @@ def base(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "world", "steps", "kind"), [("fp32", 1, 100, "step"), ("bf16", 2, 20, "save")])
+@pytest.mark.parametrize(("precision", "world", "steps", "kind"), [("fp32", 1, 60, "step"), ("bf16", 2, 20, "save")])
 def test_killed_and_resumed_equals_uninterrupted(
     precision: str, world: int, steps: int, kind: str, base: dict[str, Any], tmp_path: Path
 ) -> None:
-    """100 steps in one go are 60, a kill -9 in a step or in a save, and 40 more, over many epochs: bit for bit. (A
-    fifth of it where a step is slow: bf16 on a CPU, two ranks.)"""
+    """60 steps in one go are 36, a kill -9 in a step or in a save, and 24 more, over many epochs: bit for bit. (A third
+    of it where a step is slow: bf16 on a CPU, two ranks; the toy's tests take 100.)"""
     every = steps // 5
     options = [f"--training.precision={precision}", f"--max_steps={steps}", f"--save_every_steps={every}"]
     options += ["--training.validation_batches=" + ("1" if world == 1 else "0")]
