@@ -4,6 +4,7 @@ Errors per token come first (`squared_error`, `token_losses`), so that the same 
 into timestep bins by `by_timestep_bin`.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -21,6 +22,23 @@ def squared_error(predicted: Tensor, target: Tensor) -> Tensor:
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy in nats: logits [rows, tokens, vocab], int64 targets [rows, tokens] -> float32 [rows, tokens]."""
     return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+
+
+def gaussian_kl(
+    mean: Tensor, log_variance: Tensor, other_mean: Tensor | None = None, other_log_variance: Tensor | None = None
+) -> Tensor:
+    """KL in nats of diagonal Gaussians [..., channels] to others, by default standard normals, summed over channels:
+    float32 [...]."""
+    if other_mean is None or other_log_variance is None:
+        return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=-1)
+    ratio = log_variance - other_log_variance
+    distance = (mean - other_mean).square() * (-other_log_variance).exp()
+    return 0.5 * (distance + ratio.exp() - 1 - ratio).sum(dim=-1)
+
+
+def gaussian_entropy(log_variance: Tensor) -> Tensor:
+    """Differential entropy in nats of diagonal Gaussians [..., channels], summed over channels: float32 [...]."""
+    return 0.5 * (1 + math.log(2 * math.pi) + log_variance).sum(dim=-1)
 
 
 def masked_sum(per_token: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,9 @@ from megatext.generation.noise import Noise, Request, draw_tokens
 from megatext.generation.sampling import SamplingConfig
 from megatext.nn.layout import Layout
 from megatext.nn.text_vae import TextVAE
+from megatext.recipes.denoiser import TextDiTTraining, make_denoiser
 from megatext.recipes.pretrained import load_text_vae, read_description, weights_hash
-from megatext.recipes.text_dit import TextDiTRecipe, TextDiTRecipeConfig, TextDiTTraining, make_module
+from megatext.recipes.text_dit import TextDiTRecipeConfig
 from megatext.tokenizer import Tokenizer, load_tokenizer
 
 Predictor = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -41,7 +42,7 @@ class TextGenerator:
         if weights_hash(vae_directory) != description["vae_hash"]:
             raise ConfigError(f"{vae_directory} is not the VAE this model was trained on; export the model again")
         vae, _ = load_text_vae(vae_directory)
-        module = make_module(config, vae)
+        module = make_denoiser(config.network, config.flow, vae)
         weights = load_file(Path(directory) / "model.safetensors")
         if config.network.token_embedding:
             weights["head.weight"] = weights["token_embedding.weight"]
@@ -50,11 +51,6 @@ class TextGenerator:
         if module.table is not None:
             module.table = module.table.to(device)
         return TextGenerator(module, vae.to(device), load_tokenizer(directory))
-
-    @staticmethod
-    def from_recipe(recipe: TextDiTRecipe) -> "TextGenerator":
-        """The present weights of a training run (previews); under ZeRO-3 every rank must call `generate` alike."""
-        return TextGenerator(recipe.module, recipe.vae, load_tokenizer(recipe.vae_directory))
 
     def generate(
         self, prompts: list[str], *, target_tokens: list[int], seeds: list[int], sampling: SamplingConfig | None = None

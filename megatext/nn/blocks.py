@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megatext.config import ConfigError
 from megatext.nn.attention import KeysValues, Mask, attend
 
 
@@ -25,14 +26,29 @@ class TrunkConfig:
     """Attention heads; width / heads is the head width."""
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over `width`."""
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    """`swiglu` has three matrices, so the same ratio costs half as much again."""
+    mlp: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu"
+    """`swiglu` has three matrices, so the same ratio costs half as much again. The tanh form of GELU is Cola DLM's; in
+    bf16 on CPU the erf form is four times faster."""
+    mlp_bias: bool = False
+    """Biases in the MLP."""
+    attention_bias: bool = False
+    """A bias in attention's output projection (queries, keys and values never have one)."""
     norm: Literal["layer", "rms"] = "layer"
     """LayerNorm (TextLDM) or RMSNorm."""
+    norm_eps: float = 1e-6
+    """Added to the variance in every norm."""
+    norm_placement: Literal["pre", "cola"] = "pre"
+    """`pre`: x + f(norm(x)). `cola`: norm(x) + attention(x), then x + norm(mlp(x)), as in Cola DLM's released VAE."""
+    final_norm: bool = True
+    """A norm after the last block."""
     qk_norm: bool = True
-    """RMS-normalise queries and keys: keeps attention logits bounded in bf16."""
+    """Normalise queries and keys: keeps attention logits bounded in bf16."""
+    qk_norm_kind: Literal["rms", "layer", "layer_all_heads"] = "rms"
+    """RMSNorm of each head, LayerNorm of each head (Cola DLM's DiT), or of all heads together (its VAE)."""
     rope_theta: float = 10_000.0
     """Base of the rotary embedding."""
+    rope_fraction: float = 1.0
+    """Share of a head's channels, its first ones, that are rotated; the others know no position (Cola DLM: 0.75)."""
     initial_gate: float = 0.0
     """Gates of adaLN at initialisation. 0 is adaLN-zero; 1 starts as a plain pre-norm block, which short runs need:
     gates open slowly."""
@@ -42,21 +58,23 @@ class TrunkConfig:
 
 def make_norm(config: TrunkConfig, width: int, affine: bool) -> nn.Module:
     if config.norm == "rms":
-        return nn.RMSNorm(width, eps=1e-6, elementwise_affine=affine)
-    return nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine)
+        return nn.RMSNorm(width, eps=config.norm_eps, elementwise_affine=affine)
+    return nn.LayerNorm(width, eps=config.norm_eps, elementwise_affine=affine)
 
 
-def rope_tables(position: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 `[rows, 1, tokens, head_width / 2]`, computed in full precision once a forward pass."""
-    frequency = theta ** (-torch.arange(0, head_width, 2, device=position.device, dtype=torch.float32) / head_width)
+def rope_tables(position: Tensor, channels: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 `[rows, 1, tokens, channels / 2]`, computed in full precision once a forward pass."""
+    frequency = theta ** (-torch.arange(0, channels, 2, device=position.device, dtype=torch.float32) / channels)
     angle = position.float()[:, None, :, None] * frequency
     return angle.cos(), angle.sin()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + d/2) of x `[rows, heads, tokens, d]` (arXiv 2104.09864)."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """Rotate the pairs (i, i + r/2) of the first r channels of x `[rows, heads, tokens, d]` (arXiv 2104.09864); r is
+    twice the width of the tables."""
+    half = cos.shape[-1]
+    a, b, rest = x.float().split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -66,9 +84,21 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.head_width = config.heads, config.width // config.heads
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.out = nn.Linear(config.width, config.width, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_width, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_width, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.out = nn.Linear(config.width, config.width, bias=config.attention_bias)
+        self.norm_all_heads = config.qk_norm and config.qk_norm_kind == "layer_all_heads"
+        self.q_norm, self.k_norm = self._qk_norm(config), self._qk_norm(config)
+
+    def _qk_norm(self, config: TrunkConfig) -> nn.Module:
+        if not config.qk_norm:
+            return nn.Identity()
+        width = config.width if self.norm_all_heads else self.head_width
+        return (nn.RMSNorm if config.qk_norm_kind == "rms" else nn.LayerNorm)(width, eps=config.norm_eps)
+
+    def _normed(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """`[rows, heads, tokens, head width]`, the same."""
+        if not self.norm_all_heads:
+            return norm(x)
+        return norm(x.transpose(1, 2).flatten(2)).unflatten(2, (self.heads, self.head_width)).transpose(1, 2)
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, past: KeysValues | None = None, mix: bool = True
@@ -77,34 +107,35 @@ class Attention(nn.Module):
         `mix` only the keys and values are worked out and x is returned as it came."""
         rows, tokens, width = x.shape
         q, k, v = self.qkv(x).view(rows, tokens, 3, self.heads, self.head_width).permute(2, 0, 3, 1, 4)
-        k = apply_rope(self.k_norm(k), *rope)
+        k = apply_rope(self._normed(k, self.k_norm), *rope)
         if not mix:
             return x, (k, v)
-        q = apply_rope(self.q_norm(q), *rope)
+        q = apply_rope(self._normed(q, self.q_norm), *rope)
         keys, values = (k, v) if past is None else (torch.cat((past[0], k), 2), torch.cat((past[1], v), 2))
         mixed = attend(q, keys, values, mask).transpose(1, 2).reshape(rows, tokens, width)
         return self.out(mixed), (k, v)
 
 
 class MLP(nn.Module):
-    """width -> ratio * width -> width, GELU (erf form: in bf16 on CPU four times faster than tanh) or SwiGLU."""
+    """width -> ratio * width -> width, GELU or SwiGLU."""
 
     def __init__(self, config: TrunkConfig) -> None:
         super().__init__()
         hidden = int(config.mlp_ratio * config.width)
         self.gated = config.mlp == "swiglu"
-        self.up = nn.Linear(config.width, hidden * (2 if self.gated else 1), bias=False)
-        self.down = nn.Linear(hidden, config.width, bias=False)
+        self.approximate = "tanh" if config.mlp == "gelu_tanh" else "none"
+        self.up = nn.Linear(config.width, hidden * (2 if self.gated else 1), bias=config.mlp_bias)
+        self.down = nn.Linear(hidden, config.width, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gated:
             gate, value = self.up(x).chunk(2, dim=-1)
             return self.down(F.silu(gate) * value)
-        return self.down(F.gelu(self.up(x)))
+        return self.down(F.gelu(self.up(x), approximate=self.approximate))
 
 
 class Block(nn.Module):
-    """Pre-norm block; with `conditioned` the norms are modulated by adaLN-zero (DiT, arXiv 2212.09748)."""
+    """Attention and MLP; with `conditioned` the (pre-)norms are modulated by adaLN-zero (DiT, arXiv 2212.09748)."""
 
     def __init__(self, config: TrunkConfig, conditioned: bool = False) -> None:
         super().__init__()
@@ -113,7 +144,7 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config, config.width, affine=not conditioned)
         self.mlp = MLP(config)
         self.modulation = nn.Linear(config.width, 6 * config.width) if conditioned else None
-        self.initial_gate = config.initial_gate
+        self.initial_gate, self.norm_placement = config.initial_gate, config.norm_placement
 
     def forward(
         self,
@@ -127,6 +158,12 @@ class Block(nn.Module):
         """`condition` is (embedding `[distinct, width]`, index `[rows, tokens]`): modulation is computed once for
         each distinct timestep and gathered, not once a token. Returns x and the block's keys and values; without
         `mix` only these are worked out and x means nothing."""
+        if self.norm_placement == "cola":
+            mixed, own = self.attention(x, rope, mask, past, mix)
+            if not mix:
+                return x, own
+            x = self.attention_norm(x) + mixed
+            return x + self.mlp_norm(self.mlp(x)), own
         if self.modulation is None:
             mixed, own = self.attention(self.attention_norm(x), rope, mask, past, mix)
             if not mix:
@@ -151,10 +188,17 @@ class Trunk(nn.Module):
     def __init__(self, config: TrunkConfig, conditioned: bool = False) -> None:
         super().__init__()
         if config.width % config.heads or (config.width // config.heads) % 2:
-            raise ValueError(f"width {config.width} must be an even multiple of heads {config.heads}")
+            raise ConfigError(f"trunk.width {config.width} must be an even multiple of trunk.heads {config.heads}")
+        if config.norm_placement == "cola" and conditioned:
+            raise ConfigError("trunk.norm_placement cola has no place for the timestep: it is for autoencoders")
+        self.rope_channels = 2 * round(config.rope_fraction * config.width / config.heads / 2)
+        if not 0 < self.rope_channels <= config.width // config.heads:
+            raise ConfigError(
+                f"trunk.rope_fraction {config.rope_fraction}: must be in (0, 1] and leave a pair to rotate"
+            )
         self.config = config
         self.blocks = nn.ModuleList(Block(config, conditioned) for _ in range(config.layers))
-        self.norm = make_norm(config, config.width, affine=True)
+        self.norm = make_norm(config, config.width, affine=True) if config.final_norm else nn.Identity()
 
     def forward(
         self,
@@ -168,7 +212,7 @@ class Trunk(nn.Module):
         """x `[rows, tokens, width]`, `position [rows, tokens]` -> (output, keys and values a block). `past` holds, a
         block, those of tokens that stand before the row's own: a KV cache, or the clean copy in training. With
         `only_keys_values` the last block stops there and the output means nothing."""
-        rope = rope_tables(position, self.config.width // self.config.heads, self.config.rope_theta)
+        rope = rope_tables(position, self.rope_channels, self.config.rope_theta)
         every = self.config.activation_checkpointing
         kept = []
         for i, block in enumerate(self.blocks):
@@ -183,12 +227,13 @@ class Trunk(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """t in [0, 1] -> sinusoids of 1000 t in float32 -> two-layer MLP (DiT)."""
+    """t in [0, 1] -> sinusoids of 1000 t in float32 -> MLP of two (DiT) or more layers."""
 
-    def __init__(self, width: int, frequencies: int = 256) -> None:
+    def __init__(self, width: int, layers: int = 2, frequencies: int = 256) -> None:
         super().__init__()
         self.frequencies = frequencies
-        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        further = [part for _ in range(layers - 1) for part in (nn.SiLU(), nn.Linear(width, width))]
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), *further)
 
     def forward(self, t: Tensor) -> Tensor:
         """t `[n]` -> `[n, width]`."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatext.config import ConfigError
@@ -20,6 +21,10 @@ class TextDiTConfig:
     """The transformer."""
     time_conditioning: Literal["none", "adaln"] = "adaln"
     """`none` is TextLDM as published (no timestep enters the network), `adaln` is DiT's adaLN-zero."""
+    timestep_layers: int = 2
+    """Layers of the MLP that embeds the timestep (Cola DLM: 3)."""
+    final_modulation: bool = False
+    """The timestep also shifts and scales what the last norm gives (adaLN's final layer; Cola DLM)."""
     output: Literal["latent", "tokens"] = "latent"
     """`latent` predicts a velocity or x0; `tokens` ends in logits, whose expected latent is x0 (CDCD)."""
     self_conditioning: bool = False
@@ -47,7 +52,10 @@ class TextDiT(nn.Module):
         self.latent_in = nn.Linear(latent_channels * (2 if config.self_conditioning else 1), width)
         self.role = nn.Embedding(2, width) if config.role_embedding else None
         conditioned = config.time_conditioning == "adaln"
-        self.timestep = TimestepEmbedding(width) if conditioned else None
+        self.timestep = TimestepEmbedding(width, config.timestep_layers) if conditioned else None
+        if config.final_modulation and not conditioned:
+            raise ConfigError("network.final_modulation needs network.time_conditioning: adaln")
+        self.modulation = nn.Linear(width, 2 * width) if config.final_modulation else None
         self.trunk = Trunk(config.trunk, conditioned)
         self.token_embedding: nn.Embedding | None = None
         if config.token_embedding:
@@ -97,4 +105,7 @@ class TextDiT(nn.Module):
             x = x + self.role(target.long())
         condition = (self.timestep(timesteps), timestep_index) if self.timestep is not None else None
         x, kept = self.trunk(x, position, mask, condition, past, only_keys_values=not predict)
+        if self.modulation is not None and condition is not None and predict:
+            shift, scale = F.embedding(timestep_index, self.modulation(F.silu(condition[0]))).chunk(2, dim=-1)
+            x = x * (1 + scale) + shift
         return (self.head(x) if predict else x), kept

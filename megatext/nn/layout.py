@@ -33,9 +33,11 @@ class Layout:
     block: Tensor
 
     @staticmethod
-    def of(segment: Tensor, position: Tensor, role: Tensor | None = None, block_tokens: int = 0) -> "Layout":
-        """Layout of packed rows; `role` defaults to CONTEXT, `block_tokens` 0 puts a segment in one block."""
-        block = position // block_tokens if block_tokens else torch.zeros_like(position)
+    def of(segment: Tensor, position: Tensor, role: Tensor | None = None, block_tokens: Tensor | int = 0) -> "Layout":
+        """Layout of packed rows; `role` defaults to CONTEXT, `block_tokens` (one size, or one a token) 0 puts a segment
+        in one block."""
+        one_block = isinstance(block_tokens, int) and block_tokens == 0
+        block = torch.zeros_like(position) if one_block else position // block_tokens
         return Layout(segment, position, torch.full_like(segment, CONTEXT) if role is None else role, block)
 
     @property

@@ -15,6 +15,7 @@ _MODULES = {
     "PretrainLMConfig": "megatext.recipes.causal_lm",
     "PretrainVAEConfig": "megatext.recipes.text_vae",
     "PretrainDiTConfig": "megatext.recipes.text_dit",
+    "PretrainColaConfig": "megatext.recipes.cola_dlm",
 }
 """Configuration class -> the module that defines it, with four functions: `build(config) -> Recipe`;
 `needed(config) -> list[str]`, the directories that must be there before; `make(config, vocab_size) -> nn.Module`, the

@@ -11,13 +11,18 @@ from torch import Tensor
 
 from megatext.config import ConfigError, from_dict, to_dict
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
+from megatext.recipes import cola_format
 from megatext.tokenizer import load_tokenizer
 
 
 def weights_hash(directory: str | Path) -> str:
     """sha256 of a model's weights and description: what a DiT remembers of its VAE and of what it started from."""
     digest = hashlib.sha256()
-    for path in [Path(directory) / "config.json", *sorted(Path(directory).glob("*.safetensors"))]:
+    folders = [Path(directory)]
+    if cola_format.is_cola_directory(directory):
+        folders = [Path(directory) / name for name in (cola_format.VAE, cola_format.DIT)]
+    files = [path for folder in folders for path in (folder / "config.json", *sorted(folder.glob("*.safetensors")))]
+    for path in files:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
@@ -33,19 +38,39 @@ def write_model(
     vae: Path | None = None,
     warm_start: str | Path = "",
 ) -> None:
-    """Write a self-contained model directory; `vae` is copied into it and its hash recorded, as is the hash of the
-    model that training started from."""
+    """Write a self-contained model directory; `vae` is copied into it where it is not there yet, its hash recorded,
+    as is the hash of the model that training started from."""
     output.mkdir(parents=True, exist_ok=True)
     loaded = load_tokenizer(tokenizer)
     loaded.save(output)
     description = {"kind": kind, "config": to_dict(config), "tokenizer_fingerprint": loaded.fingerprint()}
     if vae is not None:
-        shutil.copytree(vae, output / "vae", dirs_exist_ok=True)
-        description["vae_hash"] = weights_hash(vae)
+        _copy_vae(vae, output / "vae")
+        description["vae_hash"] = weights_hash(output / "vae")
     if warm_start:
         description["warm_start_hash"] = weights_hash(warm_start)
     save_file({name: value.contiguous() for name, value in weights.items()}, output / "model.safetensors")
     (output / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def write_vae(output: Path, config: TextVAEConfig, weights: dict[str, Tensor], *, tokenizer: Path) -> None:
+    """Write a TextVAE. Raises ConfigError where it has not got the statistics that its configuration speaks of."""
+    if config.standardised and not weights["latent_mean"].any() and bool((weights["latent_std"] == 1).all()):
+        raise ConfigError(
+            "this checkpoint has no statistics of the latents, which are measured when a run ends: train to "
+            "max_steps (with validation_batches > 0), or lower max_steps and run the same command"
+        )
+    write_model(output, "text_vae", config, weights, tokenizer=tokenizer)
+
+
+def _copy_vae(directory: Path, output: Path) -> None:
+    if directory == output:
+        return
+    if cola_format.is_cola_directory(directory):
+        vae = cola_format.read_vae(directory)
+        write_vae(output, vae.config, vae.state_dict(), tokenizer=directory)
+    else:
+        shutil.copytree(directory, output, dirs_exist_ok=True)
 
 
 def read_description(directory: str | Path, kind: str) -> dict[str, Any]:
@@ -62,14 +87,24 @@ def read_description(directory: str | Path, kind: str) -> dict[str, Any]:
     return description
 
 
+def is_text_vae(directory: str | Path) -> bool:
+    """Whether there is a TextVAE, exported or in Cola DLM's format."""
+    return cola_format.is_cola_directory(directory) or Path(directory, "config.json").is_file()
+
+
 def text_vae_config(directory: str | Path) -> TextVAEConfig:
-    """The architecture of an exported TextVAE."""
+    """The architecture of a TextVAE."""
+    if cola_format.is_cola_directory(directory):
+        return cola_format.read_vae_config(directory)
     described = read_description(directory, "text_vae")["config"]
     return from_dict(TextVAEConfig, described, where=f"{directory}/config.json")
 
 
 def load_text_vae(directory: str | Path) -> tuple[TextVAE, str]:
-    """An exported TextVAE (CPU, float32, frozen, evaluation mode) and the fingerprint of its tokenizer."""
+    """A TextVAE, exported or in Cola DLM's format (CPU, float32, frozen, evaluation mode), and the fingerprint of its
+    tokenizer."""
+    if cola_format.is_cola_directory(directory):
+        return cola_format.read_vae(directory), load_tokenizer(directory).fingerprint()
     description = read_description(directory, "text_vae")
     vae = TextVAE(text_vae_config(directory), load_tokenizer(directory).vocab_size)
     vae.load_state_dict(load_file(Path(directory) / "model.safetensors"))

@@ -19,7 +19,7 @@ from megatext.nn.layout import Layout
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
 from megatext.recipes.base import Output, Pass, Prepared, Recipe
 from megatext.recipes.draws import RowDraws
-from megatext.recipes.pretrained import write_model
+from megatext.recipes.pretrained import write_vae
 from megatext.tokenizer import load_tokenizer
 from megatext.training.run_config import RunConfig
 
@@ -48,6 +48,11 @@ class TextVAERecipeConfig:
     """Decoder inputs become (1 - s) z + s eps with s uniform in [0, decoder_noise] a segment."""
     truncation: float = 0.0
     """Share of segments cut at a random length in training (TextLDM's random truncation)."""
+    mask_weight: float = 0.0
+    """Weight of the cross-entropy of tokens that the encoder did not see (Cola DLM, Eq. 2.2.1: BERT's masking, which
+    keeps the decoder from copying); needs `network.mask_token`. It doubles the work of a step."""
+    mask_probability: float = 0.15
+    """Share of a row's tokens that are hidden for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +69,8 @@ class TextVAETraining(nn.Module):
     def __init__(self, network: TextVAE, config: TextVAERecipeConfig, teacher_width: int) -> None:
         super().__init__()
         self.network, self.decoder_noise = network, config.decoder_noise
+        if config.mask_weight > 0 and not network.config.mask_token:
+            raise ConfigError("mask_weight > 0 needs vae.network.mask_token: true")
         self.projector: nn.Module | None = None
         if config.repa_weight > 0:
             width = network.config.encoder.width
@@ -80,15 +87,17 @@ class TextVAETraining(nn.Module):
         noise_level: Tensor,
         teacher: Tensor | None,
         teacher_mask: Tensor | None,
+        hidden: "HiddenTokens | None" = None,
     ) -> Output:
         """`tokens` int64 and `noise_level` float32 `[rows, columns]`, both noises `[rows, columns, channels]`,
-        `teacher` standardised states `[rows, columns, teacher width]` and where they are valid."""
+        `teacher` standardised states `[rows, columns, teacher width]` and where they are valid; `hidden` the tokens of
+        the masking loss."""
         mean, log_variance, features = self.network.encode(tokens, layout)
         latents = mean + (0.5 * log_variance).exp() * posterior_noise
         level = noise_level[..., None]
         logits = self.network.decode((1 - level) * latents + level * decoder_noise, layout)
         cross_entropy = objectives.token_losses(logits, tokens)
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=-1)
+        kl = objectives.gaussian_kl(mean, log_variance)
         real = layout.real
         correct = (logits.detach().argmax(dim=-1) == tokens) & real
         count = real.sum().double()
@@ -96,6 +105,8 @@ class TextVAETraining(nn.Module):
             {"reconstruction": (cross_entropy * real).sum(), "kl": (kl * real).sum()},
             {"accuracy": (correct.sum().double(), count), **latent_health(mean.detach(), real)},
         )
+        if hidden is not None:
+            output.loss_sums["mask"] = hidden.loss_sum(self.network, tokens, layout, posterior_noise)
         if self.decoder_noise > 0:
             hits, tried = objectives.by_timestep_bin(correct.float(), noise_level, real, NOISE_BINS)
             output.metrics |= {f"accuracy_s{i}": (hits[i], tried[i]) for i in range(NOISE_BINS)}
@@ -108,6 +119,35 @@ class TextVAETraining(nn.Module):
                 teacher_mask.sum().double(),
             )
         return output
+
+
+@dataclass
+class HiddenTokens:
+    """Tokens that the encoder does not see and the decoder has to guess (BERT's masking, arXiv 1810.04805)."""
+
+    at: Tensor
+    """int64 `[rows, n]`: their columns."""
+    counted: Tensor
+    """bool `[rows, n]`: which of them are; a row of fewer real tokens hides fewer."""
+
+    @staticmethod
+    def draw(draw: RowDraws, real: Tensor, probability: float) -> "HiddenTokens":
+        """A share of the `real [rows, columns]` tokens of every row. n is the same for every row, so that nothing
+        waits for the device to count."""
+        columns = real.shape[1]
+        u = draw.per_group("mask", columns, torch.arange(columns, device=real.device).expand_as(real))
+        n = max(1, round(probability * columns))
+        at = u.masked_fill(~real, 2.0).argsort(dim=1)[:, :n]
+        wanted = (probability * real.sum(dim=1)).round().clamp(max=n)
+        return HiddenTokens(at, torch.arange(n, device=real.device) < wanted[:, None])
+
+    def loss_sum(self, vae: TextVAE, tokens: Tensor, layout: Layout, posterior_noise: Tensor) -> Tensor:
+        """Summed cross-entropy of the hidden tokens, decoded from a posterior sample of what is left."""
+        wanted = tokens.gather(1, self.at)
+        shown = tokens.scatter(1, self.at, torch.where(self.counted, vae.vocab_size, wanted))
+        mean, log_variance, _ = vae.encode(shown, layout)
+        logits = vae.decode(mean + (0.5 * log_variance).exp() * posterior_noise, layout, self.at)
+        return (objectives.token_losses(logits, wanted) * self.counted).sum()
 
 
 def latent_health(mean: Tensor, real: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -153,6 +193,7 @@ class TextVAERecipe(Recipe):
     def loss_weights(self, step: int) -> dict[str, float]:
         warm = min(1.0, (step + 1) / self.config.kl_warmup_steps) if self.config.kl_warmup_steps else 1.0
         weights = {"reconstruction": 1.0, "kl": self.config.kl_weight * warm}
+        weights |= {"mask": self.config.mask_weight} if self.config.mask_weight > 0 else {}
         return weights | ({"repa": self.config.repa_weight} if self.teacher else {})
 
     @torch.no_grad()
@@ -164,7 +205,7 @@ class TextVAERecipe(Recipe):
             same = (segment[:, :, None] == segment[:, None, :]).sum(dim=-1)
             u = draw.per_group("truncation", columns, segment) / self.config.truncation
             segment = torch.where((u < 1) & (batch.position > u * same), -1, segment)
-        layout = Layout.of(segment, batch.position, block_tokens=self.config.network.block_tokens)
+        layout = self.module.network.layout(segment, batch.position)
         shape = (columns, self.config.network.latent_channels)
         device = batch.tokens.device
         inputs: dict[str, Any] = {
@@ -177,6 +218,9 @@ class TextVAERecipe(Recipe):
             "teacher_mask": None,
         }
         counts = {"reconstruction": layout.real.sum().double(), "kl": layout.real.sum().double()}
+        if self.config.mask_weight > 0:
+            inputs["hidden"] = HiddenTokens.draw(draw, layout.real, self.config.mask_probability)
+            counts["mask"] = inputs["hidden"].counted.sum().double()
         if self.teacher is not None:
             assert batch.hidden is not None and batch.hidden_valid is not None  # there are states, or no teacher
             inputs["teacher"] = self.teacher.standardise(batch.hidden)
@@ -190,11 +234,12 @@ class TextVAERecipe(Recipe):
         network = self.module.network.eval()
         network.latent_mean.zero_()
         network.latent_std.fill_(1.0)
-        layouts = [Layout.of(b.segment, b.position, block_tokens=self.config.network.block_tokens) for b in batches]
+        layouts = [network.layout(b.segment, b.position) for b in batches]
         means = [network.encode(b.tokens, layout)[0] for b, layout in zip(batches, layouts, strict=True)]
         every = torch.cat([m[layout.real] for m, layout in zip(means, layouts, strict=True)]).double()
-        network.latent_mean.copy_(every.mean(dim=0))
-        network.latent_std.copy_(every.std(dim=0).clamp(min=1e-6))
+        if self.config.network.standardised:
+            network.latent_mean.copy_(every.mean(dim=0))
+            network.latent_std.copy_(every.std(dim=0).clamp(min=1e-6))
         report = {
             "latent_mean_abs": every.mean(dim=0).abs().mean().item(),
             "latent_std": every.std(dim=0).mean().item(),
@@ -214,12 +259,7 @@ class TextVAERecipe(Recipe):
 
     def export(self, state_dict: dict[str, Tensor], output: Path) -> None:
         weights = {k.removeprefix("network."): v for k, v in state_dict.items() if k.startswith("network.")}
-        if not weights["latent_mean"].any() and bool((weights["latent_std"] == 1).all()):
-            raise ConfigError(
-                "this checkpoint has no statistics of the latents, which are measured when a run ends: train to "
-                "max_steps (with validation_batches > 0), or lower max_steps and run the same command"
-            )
-        write_model(output, "text_vae", self.config.network, weights, tokenizer=self.shards / TOKENIZER_FOLDER)
+        write_vae(output, self.config.network, weights, tokenizer=self.shards / TOKENIZER_FOLDER)
 
 
 @dataclass(frozen=True)
@@ -296,4 +336,8 @@ def passes(config: PretrainVAEConfig, module: TextVAETraining, vocab_size: int) 
     noise = torch.zeros(*tokens.shape, config.vae.network.latent_channels)
     last = [m for m in module.projector.modules() if isinstance(m, nn.Linear)][-1] if module.projector else None
     teacher = torch.zeros(*tokens.shape, last.out_features) if last else None
-    return [Pass(lambda: module(tokens, layout, noise, noise, tokens.float(), teacher, tokens == 0))]
+    hidden = None
+    if config.vae.mask_weight > 0:
+        at = tokens[:, : max(1, round(config.vae.mask_probability * config.data.row_tokens))]
+        hidden = HiddenTokens(at, at == 0)
+    return [Pass(lambda: module(tokens, layout, noise, noise, tokens.float(), teacher, tokens == 0, hidden))]

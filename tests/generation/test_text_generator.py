@@ -14,8 +14,9 @@ from megatext.generation.text_generator import TextGenerator
 from megatext.nn.blocks import TrunkConfig
 from megatext.nn.dit import TextDiTConfig
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
+from megatext.recipes.denoiser import FlowConfig, make_denoiser
 from megatext.recipes.pretrained import write_model
-from megatext.recipes.text_dit import FlowConfig, TextDiTRecipeConfig, make_module
+from megatext.recipes.text_dit import TextDiTRecipeConfig
 from megatext.tokenizer import load_tokenizer
 
 TRUNK = TrunkConfig(layers=2, width=16, heads=2)
@@ -57,7 +58,7 @@ def export(directory: Path, tokenizer: Path, name: str, causal: bool = False) ->
     vae = TextVAE(vae_config, load_tokenizer(tokenizer).vocab_size)
     write_model(directory / "vae_source", "text_vae", vae_config, vae.state_dict(), tokenizer=tokenizer)
     config = TextDiTRecipeConfig(vae=str(directory / "vae_source"), network=network, flow=flow)
-    module = make_module(config, vae)
+    module = make_denoiser(config.network, config.flow, vae)
     weights = {n: torch.randn(p.shape) * 0.4 for n, p in module.network.state_dict().items()}
     if network.token_embedding:
         del weights["head.weight"]

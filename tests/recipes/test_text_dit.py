@@ -11,7 +11,8 @@ from megatext.flow.timesteps import TimestepConfig
 from megatext.nn.blocks import TrunkConfig
 from megatext.nn.dit import TextDiTConfig
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
-from megatext.recipes.text_dit import FlowConfig, TextDiTRecipe, TextDiTRecipeConfig, make_module
+from megatext.recipes.denoiser import FlowConfig, make_denoiser
+from megatext.recipes.text_dit import TextDiTRecipe, TextDiTRecipeConfig
 from tests.recipes.rows import make_batch
 
 TRUNK = TrunkConfig(layers=2, width=16, heads=2)
@@ -31,7 +32,7 @@ def make_recipe(flow: FlowConfig, *, local: bool = True, network: TextDiTConfig 
     config = TextDiTRecipeConfig(network=network, flow=flow)
     recipe = object.__new__(TextDiTRecipe)
     recipe.config, recipe.seed, recipe.flow, recipe.vae = config, 3, flow, vae
-    recipe.module = make_module(config, vae)
+    recipe.module = make_denoiser(config.network, config.flow, vae)
     with torch.no_grad():
         for parameter in recipe.module.parameters():
             parameter.copy_(torch.randn(parameter.shape) * 0.3)

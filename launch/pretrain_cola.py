@@ -1,0 +1,11 @@
+"""Pretrain Cola DLM's TextVAE and DiT together: deepspeed launch/pretrain_cola.py --config FILE [--key value ...]"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatext.launch import launch
+
+if __name__ == "__main__":
+    launch("PretrainColaConfig", sys.argv[1:])
