@@ -38,16 +38,17 @@ def generate(
     if generator.flow.null_condition == "zeros":
         masks[False] = masks[True]
 
-    def predict(z: Tensor, t: Tensor, previous: Tensor | None, conditional: bool) -> Tensor:
+    def one(z: Tensor, t: Tensor, previous: Tensor | None, conditional: bool) -> Tensor:
         z = torch.where(is_target[..., None], z, context if conditional else dropped)
         timesteps = torch.stack((torch.zeros_like(t), t))
         return network(
             z, timesteps, is_target.long(), position, is_target, masks[conditional], self_condition=previous
         )[0].float()
 
+    def predict(z: Tensor, t: Tensor, previous: Tensor | None, guided: bool) -> tuple[Tensor, Tensor | None]:
+        return one(z, t, previous, True), one(z, t, previous, False) if guided else None
+
     noise = Noise(requests, [0] * len(requests), lengths, device)
-    final = generator.denoise(
-        noise, sampling, lambda z, t, p: predict(z, t, p, True), lambda z, t, p: predict(z, t, p, False)
-    )
+    final = generator.denoise(noise, sampling, predict)
     written = generator.tokens_of(final, alone, sampling)
     yield [written[row, first:last].tolist() for row, (first, last) in enumerate(lengths)]

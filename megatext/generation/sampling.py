@@ -22,6 +22,11 @@ class SamplingConfig:
     """1 is no guidance; above 1 every step in the interval costs a second network call."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Timesteps in which guidance acts."""
+    block_tokens: int = 0
+    """Tokens of a block, one of the sizes that the model was trained in; 0: its own. Smaller is better and slower."""
+    history: Literal["tokens", "latents"] = "tokens"
+    """What a written block is to the blocks after it: its tokens, encoded again, or the latents it was sampled as
+    (Cola DLM's release; saves the encoder's pass)."""
     length: Literal["oracle", "eos"] = "oracle"
     """`oracle` generates the number of tokens asked for, none of them an end of text; `eos` at most that many, cut at
-    the first end of text."""
+    the first end of text, where writing stops."""

@@ -9,18 +9,20 @@ from torch import Tensor
 
 from megatext.config import ConfigError, from_dict
 from megatext.flow import guidance, objectives
+from megatext.flow.paths import path_from_name
 from megatext.flow.solvers import sample
 from megatext.generation.noise import Noise, Request, draw_tokens
 from megatext.generation.sampling import SamplingConfig
 from megatext.nn.layout import Layout
 from megatext.nn.text_vae import TextVAE
+from megatext.recipes import cola_format
 from megatext.recipes.denoiser import TextDiTTraining, make_denoiser
 from megatext.recipes.pretrained import load_text_vae, read_description, weights_hash
 from megatext.recipes.text_dit import TextDiTRecipeConfig
 from megatext.tokenizer import Tokenizer, load_tokenizer
 
-Predictor = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""(z, t, self-condition) -> the network's prediction."""
+Predictor = Callable[[Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Tensor | None]]
+"""(z, t, self-condition, guided) -> the network's prediction and, where guided and it differs, that without context."""
 
 
 class TextGenerator:
@@ -35,7 +37,13 @@ class TextGenerator:
     def from_pretrained(
         directory: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
     ) -> "TextGenerator":
-        """Load an exported model. Raises ConfigError if the directory is not one, or its VAE is another."""
+        """Load an exported model, or a release in Cola DLM's format. Raises ConfigError if the directory is neither, or
+        its VAE is another."""
+        if cola_format.is_cola_directory(directory):
+            vae = cola_format.read_vae(directory)
+            network, flow = cola_format.read_dit(directory)
+            module = TextDiTTraining(network, flow, path_from_name(flow.path), None)
+            return TextGenerator._on(module, vae, load_tokenizer(directory), device, dtype)
         description = read_description(directory, "text_dit")
         config = from_dict(TextDiTRecipeConfig, description["config"], where=f"{directory}/config.json")
         vae_directory = Path(directory) / "vae"
@@ -47,10 +55,16 @@ class TextGenerator:
         if config.network.token_embedding:
             weights["head.weight"] = weights["token_embedding.weight"]
         module.network.load_state_dict(weights)
+        return TextGenerator._on(module, vae, load_tokenizer(directory), device, dtype)
+
+    @staticmethod
+    def _on(
+        module: TextDiTTraining, vae: TextVAE, tokenizer: Tokenizer, device: str, dtype: torch.dtype
+    ) -> "TextGenerator":
         module.network.to(device=device, dtype=dtype).eval().requires_grad_(False)
         if module.table is not None:
             module.table = module.table.to(device)
-        return TextGenerator(module, vae.to(device), load_tokenizer(directory))
+        return TextGenerator(module, vae.to(device), tokenizer)
 
     def generate(
         self, prompts: list[str], *, target_tokens: list[int], seeds: list[int], sampling: SamplingConfig | None = None
@@ -73,10 +87,11 @@ class TextGenerator:
         return [self.tokenizer.decode(self._cut(text, sampling)) for text in texts]
 
     def stream(
-        self, prompt: str, *, target_tokens: int, seed: int = 0, sampling: SamplingConfig | None = None
+        self, prompt: str, *, target_tokens: int = 256, seed: int = 0, sampling: SamplingConfig | None = None
     ) -> Iterator[str]:
-        """The continuation of one prompt, block by block as it is written (all at once for a one-shot model)."""
-        sampling = sampling or SamplingConfig()
+        """The continuation of one prompt, block by block as it is written (all at once for a one-shot model). Without a
+        `sampling` it ends with the text, or after `target_tokens`."""
+        sampling = sampling or SamplingConfig(length="eos")
         request = Request(self.tokenizer.encode(prompt), target_tokens, seed)
         tokens: list[int] = []
         shown = 0
@@ -104,6 +119,12 @@ class TextGenerator:
             raise ConfigError("temperature needs a model that ends in token logits (objective token_cross_entropy)")
         if sampling.solver == "ancestral" and self.flow.objective != "token_cross_entropy":
             raise ConfigError("the ancestral solver needs a model that ends in token logits (token_cross_entropy)")
+        if sampling.history == "latents" and self.module.table is not None:
+            raise ConfigError("history: latents is for models that end in latents; this one ends in tokens")
+        sizes = {self.flow.block_tokens, *self.flow.training_block_tokens}
+        if sampling.block_tokens and (not self.flow.block_tokens or sampling.block_tokens not in sizes):
+            trained = f"in blocks of {', '.join(map(str, sorted(sizes)))}" if self.flow.block_tokens else "in one shot"
+            raise ConfigError(f"block_tokens {sampling.block_tokens}: the model was trained {trained}")
         training = self.module.training
         self.module.eval()
         try:
@@ -111,22 +132,24 @@ class TextGenerator:
         finally:
             self.module.train(training)
 
-    def denoise(
-        self, noise: Noise, sampling: SamplingConfig, conditional: Predictor, unconditional: Predictor
-    ) -> Tensor:
+    def grid(self, sampling: SamplingConfig) -> Tensor:
+        """The timesteps of a call, float32 `[steps + 1]`, from 1 to 0."""
+        return self.flow.timesteps.inference_grid(sampling.steps, sampling.grid).to(self.device)
+
+    def denoise(self, noise: Noise, sampling: SamplingConfig, predict: Predictor) -> Tensor:
         """From pure noise to what the model last saw at the clean end: token ids `[rows, columns]` where the model
         ends in logits, latents `[rows, columns, channels]` where it does not."""
         channels = self.vae.config.latent_channels
-        grid = self.flow.timesteps.inference_grid(sampling.steps, sampling.grid).to(self.device)
         table, feeds_back = self.module.table, self.module.network.config.self_conditioning
         barred = self.barred(sampling)
         last: dict[str, Tensor] = {}
 
         def x0(z: Tensor, t: Tensor) -> Tensor:
             previous = last.get("x0") if feeds_back else None
-            predicted = conditional(z, t, previous)
-            if guidance.active(float(t), sampling.guidance_scale, sampling.guidance_interval):
-                predicted = guidance.combine(predicted, unconditional(z, t, previous), sampling.guidance_scale)
+            guided = guidance.active(float(t), sampling.guidance_scale, sampling.guidance_interval)
+            predicted, without = predict(z, t, previous, guided)
+            if without is not None:
+                predicted = guidance.combine(predicted, without, sampling.guidance_scale)
             every = t.expand(z.shape[:2])
             if table is None:
                 last["x0"] = last["final"] = self.module.x0(z, every, predicted)
@@ -139,7 +162,8 @@ class TextGenerator:
             last["final"] = draw_tokens(logits, sampling.temperature, noise.uniform())
             return table[last["final"]]
 
-        sample(x0, self.module.path, noise.normal(channels), grid, sampling.solver, lambda: noise.normal(channels))
+        first, grid = noise.normal(channels), self.grid(sampling)
+        sample(x0, self.module.path, first, grid, sampling.solver, lambda: noise.normal(channels))
         return last["final"]
 
     @property
@@ -158,7 +182,10 @@ class TextGenerator:
         """Token ids `[rows, columns]` of what `denoise` returned: themselves, or the VAE's decoding of latents."""
         if self.module.table is not None:
             return final
-        logits = self.vae.decode(self.vae.unstandardise(final), layout)
+        return self.likeliest(self.vae.decode(self.vae.unstandardise(final), layout), sampling)
+
+    def likeliest(self, logits: Tensor, sampling: SamplingConfig) -> Tensor:
+        """The tokens `[rows, columns]` of a decoder's logits that may be written."""
         return logits.masked_fill(self.barred(sampling), -torch.inf).argmax(dim=-1)
 
     def latents_of(self, tokens: Tensor, layout: Layout) -> Tensor:

@@ -91,14 +91,23 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
-    def write(self, kept: list[KeysValues], position: Tensor, keep: Tensor) -> None:
-        """Store keys and values, a block, of n columns at slots `position [rows, n]` where `keep [rows, n]`."""
-        rows, columns = keep.nonzero(as_tuple=True)
-        slots = position[rows, columns]
-        for layer, (k, v) in enumerate(kept):
-            self.keys[layer][rows, :, slots] = k[rows, :, columns]
-            self.values[layer][rows, :, slots] = v[rows, :, columns]
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return self.keys.shape[1]
 
-    def of(self, rows: Tensor) -> list[KeysValues]:
-        """Keys and values a block, of some rows (copies)."""
-        return list(zip(self.keys[:, rows], self.values[:, rows], strict=True))
+    def write(self, kept: list[KeysValues], rows: Tensor, position: Tensor, keep: Tensor) -> None:
+        """Store keys and values, a block, of n columns of the cache's rows `rows [m]` at slots `position [m, n]` where
+        `keep [m, n]`."""
+        own, columns = keep.nonzero(as_tuple=True)
+        slots, into = position[own, columns], rows[own]
+        for layer, (k, v) in enumerate(kept):
+            self.keys[layer][into, :, slots] = k[own, :, columns]
+            self.values[layer][into, :, slots] = v[own, :, columns]
+
+    def of(self, rows: Tensor, slots: int) -> list[KeysValues]:
+        """Keys and values a block of the first `slots` slots of some rows, ascending; views where these are all."""
+        keys, values = self.keys[:, :, :, :slots], self.values[:, :, :, :slots]
+        if len(rows) < self.rows:
+            keys, values = keys[:, rows], values[:, rows]
+        return list(zip(keys, values, strict=True))

@@ -146,6 +146,11 @@ class Block(nn.Module):
         self.modulation = nn.Linear(config.width, 6 * config.width) if conditioned else None
         self.initial_gate, self.norm_placement = config.initial_gate, config.norm_placement
 
+    def modulate(self, embedding: Tensor) -> Tensor:
+        """Shifts, scales and gates `[distinct, 6 width]` of timesteps embedded as `[distinct, width]`."""
+        assert self.modulation is not None
+        return self.modulation(F.silu(embedding))
+
     def forward(
         self,
         x: Tensor,
@@ -155,9 +160,9 @@ class Block(nn.Module):
         past: KeysValues | None = None,
         mix: bool = True,
     ) -> tuple[Tensor, KeysValues]:
-        """`condition` is (embedding `[distinct, width]`, index `[rows, tokens]`): modulation is computed once for
-        each distinct timestep and gathered, not once a token. Returns x and the block's keys and values; without
-        `mix` only these are worked out and x means nothing."""
+        """`condition` is (what `modulate` gave, index `[rows, tokens]` into it): modulation is computed once for each
+        distinct timestep and gathered, not once a token. Returns x and the block's keys and values; without `mix` only
+        these are worked out and x means nothing."""
         if self.norm_placement == "cola":
             mixed, own = self.attention(x, rope, mask, past, mix)
             if not mix:
@@ -171,8 +176,7 @@ class Block(nn.Module):
             x = x + mixed
             return x + self.mlp(self.mlp_norm(x)), own
         assert condition is not None
-        embedding, index = condition
-        table = self.modulation(F.silu(embedding))
+        table, index = condition
         # an embedding look-up: its backward is several times faster than that of indexing, on CPU
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = F.embedding(index, table).chunk(6, dim=-1)
         mixed, own = self.attention(self.attention_norm(x) * (1 + scale_a) + shift_a, rope, mask, past, mix)
@@ -205,23 +209,25 @@ class Trunk(nn.Module):
         x: Tensor,
         position: Tensor,
         mask: Mask,
-        condition: tuple[Tensor, Tensor] | None = None,
+        condition: tuple[Sequence[Tensor], Tensor] | None = None,
         past: Sequence[KeysValues] | None = None,
         only_keys_values: bool = False,
     ) -> tuple[Tensor, list[KeysValues]]:
-        """x `[rows, tokens, width]`, `position [rows, tokens]` -> (output, keys and values a block). `past` holds, a
-        block, those of tokens that stand before the row's own: a KV cache, or the clean copy in training. With
-        `only_keys_values` the last block stops there and the output means nothing."""
+        """x `[rows, tokens, width]`, `position [rows, tokens]` -> (output, keys and values a block). `condition` is
+        what every block's `modulate` gave, and the index `[rows, tokens]` into it. `past` holds, a block, those of
+        tokens that stand before the row's own: a KV cache, or the clean copy in training. With `only_keys_values` the
+        last block stops there and the output means nothing."""
         rope = rope_tables(position, self.rope_channels, self.config.rope_theta)
         every = self.config.activation_checkpointing
         kept = []
         for i, block in enumerate(self.blocks):
             before = None if past is None else past[i]
+            own_condition = None if condition is None else (condition[0][i], condition[1])
             mix = not (only_keys_values and block is self.blocks[-1])
             if every and i % every == 0 and self.training and torch.is_grad_enabled():
-                x, own = checkpoint(block, x, rope, mask, condition, before, mix, use_reentrant=False)
+                x, own = checkpoint(block, x, rope, mask, own_condition, before, mix, use_reentrant=False)
             else:
-                x, own = block(x, rope, mask, condition, before, mix)
+                x, own = block(x, rope, mask, own_condition, before, mix)
             kept.append(own)
         return (x if only_keys_values else self.norm(x)), kept
 

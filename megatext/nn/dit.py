@@ -68,10 +68,20 @@ class TextDiT(nn.Module):
         else:
             self.head = nn.Linear(width, vocab_size if config.output == "tokens" else latent_channels)
 
+    def modulations(self, timesteps: Tensor) -> list[Tensor]:
+        """Shifts, scales and gates of every block, and of the output, for `timesteps [distinct]`; [] where no timestep
+        enters. A sampler works them out once for its whole grid: at a block of few tokens they are a third of a
+        pass."""
+        if self.timestep is None:
+            return []
+        embedding = self.timestep(timesteps)
+        tables = [block.modulate(embedding) for block in self.trunk.blocks]  # type: ignore[operator]
+        return tables if self.modulation is None else [*tables, self.modulation(F.silu(embedding))]
+
     def forward(
         self,
         latents: Tensor,
-        timesteps: Tensor,
+        timesteps: Tensor | list[Tensor],
         timestep_index: Tensor,
         position: Tensor,
         target: Tensor,
@@ -83,11 +93,12 @@ class TextDiT(nn.Module):
         past: Sequence[KeysValues] | None = None,
         predict: bool = True,
     ) -> tuple[Tensor, list[KeysValues]]:
-        """latents `[rows, tokens, channels]`; `timesteps [distinct]` float32 and `timestep_index [rows, tokens]` into
-        it; `position [rows, tokens]`; `target` bool `[rows, tokens]` (to be generated); `tokens` int64
-        `[rows, tokens]` where all of these are known (history), `neighbours` like it the tokens to the left, -1 where
-        not clean; `past` keys and values of tokens before these. Returns the prediction `[rows, tokens, channels or
-        vocab_size]` and the tokens' own keys and values; without `predict` only the latter mean anything."""
+        """latents `[rows, tokens, channels]`; `timesteps [distinct]` float32, or what `modulations` gave for them, and
+        `timestep_index [rows, tokens]` into it; `position [rows, tokens]`; `target` bool `[rows, tokens]` (to be
+        generated); `tokens` int64 `[rows, tokens]` where all of these are known (history), `neighbours` like it the
+        tokens to the left, -1 where not clean; `past` keys and values of tokens before these. Returns the prediction
+        `[rows, tokens, channels or vocab_size]` and the tokens' own keys and values; without `predict` only the latter
+        mean anything."""
         if self.config.self_conditioning:
             # context has no estimate: its latents are known
             previous = torch.zeros_like(latents) if self_condition is None else self_condition * target[..., None]
@@ -103,9 +114,10 @@ class TextDiT(nn.Module):
             x = x + left.masked_fill((neighbours < 0)[..., None], 0.0)
         if self.role is not None:
             x = x + self.role(target.long())
-        condition = (self.timestep(timesteps), timestep_index) if self.timestep is not None else None
+        tables = timesteps if isinstance(timesteps, list) else self.modulations(timesteps)
+        condition = (tables, timestep_index) if tables else None
         x, kept = self.trunk(x, position, mask, condition, past, only_keys_values=not predict)
-        if self.modulation is not None and condition is not None and predict:
-            shift, scale = F.embedding(timestep_index, self.modulation(F.silu(condition[0]))).chunk(2, dim=-1)
+        if self.modulation is not None and predict:
+            shift, scale = F.embedding(timestep_index, tables[-1]).chunk(2, dim=-1)
             x = x * (1 + scale) + shift
         return (self.head(x) if predict else x), kept

@@ -87,15 +87,16 @@ def test_gathered_modulation_equals_per_token_modulation() -> None:
     index = torch.tensor([[0, 1, 2, 2, 1], [2, 0, 0, 1, 2]])
     rope, mask = rope_tables(torch.arange(5).expand(2, 5), 8, 100.0), Mask()
     each = torch.arange(10).view(2, 5)
-    gathered = block(x, rope, mask, (embedding, index))[0]
-    torch.testing.assert_close(gathered, block(x, rope, mask, (embedding[index.flatten()], each))[0])
+    gathered = block(x, rope, mask, (block.modulate(embedding), index))[0]
+    torch.testing.assert_close(gathered, block(x, rope, mask, (block.modulate(embedding[index.flatten()]), each))[0])
 
 
 def test_adaln_zero_starts_as_the_identity() -> None:
     trunk = Trunk(SMALL, conditioned=True)
     initialise(trunk, lambda name, p: torch.randn(p.shape))
     x, index = torch.randn(1, 4, 16), torch.zeros(1, 4, dtype=torch.long)
-    out, _ = trunk(x, torch.arange(4)[None], Mask(), (torch.randn(1, 16), index))
+    tables = [block.modulate(torch.randn(1, 16)) for block in trunk.blocks]
+    out, _ = trunk(x, torch.arange(4)[None], Mask(), (tables, index))
     torch.testing.assert_close(out, trunk.norm(x))
 
 
@@ -153,12 +154,12 @@ def test_cached_blocks_equal_one_pass() -> None:
                 own.position,
                 own.role != CONTEXT,
                 mask,
-                past=cache.of(torch.tensor([0])),
+                past=cache.of(torch.tensor([0]), tokens),
             )
             if role == TARGET:
                 torch.testing.assert_close(out, whole[:, tokens:][:, part], rtol=1e-4, atol=1e-5)
             else:
-                cache.write(kept, own.position, torch.ones_like(own.position, dtype=torch.bool))
+                cache.write(kept, torch.tensor([0]), own.position, torch.ones_like(own.position, dtype=torch.bool))
 
 
 def test_token_local_latents_depend_on_the_token_alone() -> None:
