@@ -6,6 +6,8 @@ a matrix behind the embedding and is folded into it.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,11 @@ def is_cola_directory(directory: str | Path) -> bool:
 
 def read_vae(directory: str | Path) -> TextVAE:
     """The VAE of a directory: CPU, float32, frozen, evaluation mode. Raises ConfigError."""
+    with _as_described(Path(directory) / VAE):
+        return _read_vae(directory)
+
+
+def _read_vae(directory: str | Path) -> TextVAE:
     official, theirs = _read(Path(directory) / VAE)
     config = vae_config(official)
     weights = {ours: theirs[name] for ours, name in _names_of_vae(config) if name in theirs}
@@ -117,7 +124,7 @@ def read_vae(directory: str | Path) -> TextVAE:
     weights["latent_mean"] = torch.full((config.latent_channels,), float(shift))
     weights["latent_std"] = torch.full((config.latent_channels,), 1.0 / scale)
     vae = TextVAE(config, official["vocab_size"])
-    _load(vae, weights, Path(directory) / VAE)
+    vae.load_state_dict(weights)
     return vae.eval().requires_grad_(False)
 
 
@@ -128,6 +135,11 @@ def read_vae_config(directory: str | Path) -> TextVAEConfig:
 
 def read_dit(directory: str | Path) -> tuple[TextDiT, FlowConfig]:
     """The DiT of a directory, as `read_vae`, and its process. Raises ConfigError."""
+    with _as_described(Path(directory) / DIT):
+        return _read_dit(directory)
+
+
+def _read_dit(directory: str | Path) -> tuple[TextDiT, FlowConfig]:
     official, theirs = _read(Path(directory) / DIT)
     config, flow = dit_config(official)
     weights = {ours: theirs[name] for ours, name in _names_of_dit(config) if name in theirs}
@@ -139,7 +151,7 @@ def read_dit(directory: str | Path) -> tuple[TextDiT, FlowConfig]:
             weights[f"trunk.blocks.{i}.modulation.{part}"] = torch.cat(parts)
     # nothing of their DiT depends on the vocabulary
     network = TextDiT(config, official["txt_in_channels"], vocab_size=0)
-    _load(network, weights, Path(directory) / DIT)
+    network.load_state_dict(weights)
     return network.eval().requires_grad_(False), flow
 
 
@@ -381,10 +393,12 @@ def _read(directory: Path) -> tuple[dict[str, Any], Weights]:
     return _DEFAULTS[directory.name] | json.loads(path.read_text()), weights
 
 
-def _load(module: nn.Module, weights: Weights, directory: Path) -> None:
+@contextmanager
+def _as_described(directory: Path) -> Iterator[None]:
+    """Raises ConfigError where tensors are missing or of other shapes."""
     try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
+        yield
+    except (KeyError, RuntimeError) as error:
         raise ConfigError(f"{directory}: its tensors are not those of its config.json: {error}") from None
 
 
