@@ -137,14 +137,15 @@ class _Writer:
         return final if final.ndim < 3 else torch.where(given[..., None], clean, final)
 
     def _predict(self, view: _View, z: Tensor, t: Tensor, previous: Tensor | None) -> Tensor:
+        given = view.given[..., None]
         return self.network(
-            torch.where(view.given[..., None], view.clean, z),
+            torch.where(given, view.clean, z),
             self.modulations,
             (~view.given).long() * self.step_of[float(t)],
             view.position,
             torch.ones_like(view.given),
             view.mask,
-            self_condition=previous,
+            self_condition=None if previous is None else torch.where(given, view.clean, previous),
             neighbours=view.neighbours,
             past=view.past,
         )[0].float()

@@ -33,6 +33,7 @@ SYSTEMS = {
         0,
     ),
     "blocks_velocity": (FlowConfig(objective="velocity", block_tokens=4), 0),
+    "cola": (FlowConfig(objective="velocity", block_tokens=4, training_block_tokens=(2, 4)), 2),
     "one_shot": (FlowConfig(objective="velocity"), 2),
     "one_shot_zeros": (FlowConfig(objective="velocity", null_condition="zeros"), 2),
 }
@@ -48,6 +49,7 @@ def export(directory: Path, tokenizer: Path, name: str, causal: bool = False) ->
         self_conditioning=True,
         output="tokens" if flow.objective == "token_cross_entropy" else "latent",
     )
+    causal = causal or name == "cola"
     attention = "causal" if causal else "full"
     vae_config = TextVAEConfig(
         latent_channels=6,

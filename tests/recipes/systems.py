@@ -17,8 +17,15 @@ COMMON = {
 LM = {"model": {"width": 32, "layers": 3, "heads": 2, "activation_checkpointing": 2}}
 VAE = {
     "vae": {
-        "network": {"latent_channels": 8, "encoder": {**TRUNK, "layers": 0}, "decoder": TRUNK},
+        "network": {
+            "latent_channels": 8,
+            "encoder": {**TRUNK, "layers": 0},
+            "decoder": TRUNK,
+            "attention": "causal",
+            "mask_token": True,
+        },
         "decoder_noise": 0.5,
+        "mask_weight": 0.1,
     }
 }
 BLOCKS = {
@@ -31,20 +38,37 @@ BLOCKS = {
     },
 }
 ONE_SHOT = {"network": {"trunk": TRUNK, "time_conditioning": "none"}, "flow": {"null_condition": "zeros"}}
+COLA = {
+    "network": {"trunk": {**TRUNK, "qk_norm_kind": "layer"}, "timestep_layers": 3, "final_modulation": True},
+    "flow": {"block_tokens": 4, "training_block_tokens": [1, 2, 4], "posterior": "sample"},
+}
 SYSTEMS = {
     "lm": ("lm", LM),
     "vae": ("vae", VAE),
     "blocks": ("dit", {"dit": BLOCKS}),
     "one_shot": ("dit", {"dit": ONE_SHOT}),
+    "cola": ("cola", {"cola": COLA}),
 }
+
+
+KINDS = {
+    "lm": "PretrainLMConfig",
+    "vae": "PretrainVAEConfig",
+    "dit": "PretrainDiTConfig",
+    "cola": "PretrainColaConfig",
+}
+
+
+def on_vae(name: str, vae: str) -> tuple[str, dict[str, Any]]:
+    """Launcher and own part of the configuration of a system, on a VAE where it stands on one."""
+    launcher, own = SYSTEMS[name]
+    return launcher, {key: {**value, "vae": vae} if key in ("dit", "cola") else value for key, value in own.items()}
 
 
 def command(name: str, directory: Path, base: dict[str, Any], *options: str) -> list[str]:
     """The launcher of a system, with run_dir `directory/NAME`. `base`: shards, and the VAE that TextDiTs stand on."""
     directory.mkdir(exist_ok=True, parents=True)
-    launcher, own = SYSTEMS[name]
-    if "dit" in own:
-        own = {"dit": {**own["dit"], "vae": base["vae"]}}
+    launcher, own = on_vae(name, base["vae"])
     path = directory / f"{name}.yaml"
     path.write_text(yaml.safe_dump({"run_dir": str(directory / name), "data": base["data"], **COMMON, **own}))
     return [f"launch/pretrain_{launcher}.py", "--config", str(path), *options]

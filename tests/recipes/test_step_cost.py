@@ -24,7 +24,7 @@ from megatext.training.metrics import Meter
 from megatext.training.run_config import RunConfig
 from megatext.training.trainer import Trainer
 from tests.processes import REPOSITORY
-from tests.recipes.systems import COMMON, SYSTEMS
+from tests.recipes.systems import COMMON, KINDS, SYSTEMS, on_vae
 
 WAITING = {
     torch.ops.aten._local_scalar_dense.default,
@@ -35,16 +35,16 @@ WAITING = {
     torch.ops.aten.equal.default,
 }
 """Operations whose result the host has to wait for."""
-KINDS = {"lm": "PretrainLMConfig", "vae": "PretrainVAEConfig", "dit": "PretrainDiTConfig"}
 
 
 @pytest.fixture(scope="module")
 def vaes(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """An untrained VAE for each kind of TextDiT: a token-local one and one with an encoder of two layers."""
     folder, found = tmp_path_factory.mktemp("vaes"), {}
-    for system, layers in (("blocks", 0), ("one_shot", 2)):
+    for system, layers in (("blocks", 0), ("one_shot", 2), ("cola", 2)):
         own = {"vae": {"network": SYSTEMS["vae"][1]["vae"]["network"]}}
         own["vae"]["network"] = {**own["vae"]["network"], "encoder": {"layers": layers, "width": 32, "heads": 2}}
+        own["vae"]["network"]["attention"] = "causal" if system == "cola" else "full"
         config = from_dict(PretrainVAEConfig, given(shards, folder / "run", own), where="test")
         vae = build_recipe(config).module.network
         write_model(folder / system, "text_vae", vae.config, vae.state_dict(), tokenizer=shards / "tokenizer")
@@ -58,9 +58,7 @@ def given(shards: Path, run_dir: Path, own: dict[str, Any]) -> dict[str, Any]:
 
 
 def configuration(name: str, shards: Path, run_dir: Path, vaes: dict[str, str]) -> RunConfig:
-    launcher, own = SYSTEMS[name]
-    if "dit" in own:
-        own = {"dit": {**own["dit"], "vae": vaes[name]}}
+    launcher, own = on_vae(name, vaes.get(name, ""))
     return from_dict(config_class(KINDS[launcher]), given(shards, run_dir, own), where="test")
 
 
@@ -89,7 +87,7 @@ def test_flops_are_those_of_a_step(name: str, shards: Path, tmp_path: Path, vaes
     vocab_size = recipe.vae.vocab_size if hasattr(recipe, "vae") else 300
     found = row_flops(config, meta_module(config, vocab_size), vocab_size)
     assert found.total * len(batch.tokens) == pytest.approx(executed, rel=0.02)
-    assert (found.frozen > 0) == (name == "blocks" or name == "one_shot")
+    assert (found.frozen > 0) == (name not in ("lm", "vae"))
     assert found.recomputed > 0
 
 
