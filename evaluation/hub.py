@@ -24,7 +24,8 @@ def model_directory(name_or_directory: str, option: str) -> Path:
     Raises ConfigError naming `option` where it is neither here nor to be had."""
     path = Path(name_or_directory)
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        # a release in Cola DLM's format has one a network
+        if not any((path / name).is_file() for name in ("config.json", "cola_dit/config.json")):
             raise ConfigError(f"{option} {path}: not a model directory (no config.json)")
         return path
     if path.is_absolute() or name_or_directory.startswith(".") or name_or_directory.count("/") > 1:
@@ -54,9 +55,10 @@ def text_start(tokenizer: Tokenizer, config: Any) -> list[int]:
 def scoring_model(name_or_directory: str, option: str) -> Path:
     """The directory of a Hugging Face model that scores. Raises ConfigError for what megatext exported as its own."""
     directory = model_directory(name_or_directory, option)
-    kind = json.loads((directory / "config.json").read_text()).get("kind")
+    described = directory / "config.json"
+    kind = json.loads(described.read_text()).get("kind") if described.is_file() else "cola_dlm"
     if kind is not None:
         raise ConfigError(
-            f"{option} {directory}: a {kind} of megatext; give a Hugging Face model (an exported AR baseline is one)"
+            f"{option} {directory}: a {kind} model; give a Hugging Face model (an exported AR baseline is one)"
         )
     return directory

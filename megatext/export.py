@@ -1,6 +1,7 @@
 """A run -> safetensors, config.json and tokenizer, on a CPU and without DeepSpeed."""
 
 import argparse
+import tempfile
 from pathlib import Path
 
 from megatext.config import ConfigError, from_dict
@@ -33,6 +34,19 @@ def export(
     return path, "raw weights" if key == "master" else f"averaged weights (decay {key.removeprefix('ema_')})"
 
 
+def export_cola(model: Path, output: Path) -> None:
+    """Write an exported model in Cola DLM's format. Raises ConfigError, naming the fields, where it is another."""
+    from megatext.generation import TextGenerator
+    from megatext.recipes import cola_format
+
+    generator = TextGenerator.from_pretrained(model)
+    cola_format.write(generator.vae, generator.module.network, generator.flow, output)
+    try:
+        generator.tokenizer.save_json(output)
+    except ValueError as error:
+        raise ConfigError(f"Cola DLM's format needs a tokenizer.json: {error}") from None
+
+
 def _choose(run: Path, step: int | None) -> Path:
     found = checkpoint.list_checkpoints(run)
     if step is not None:
@@ -60,6 +74,16 @@ def main(argv: list[str]) -> None:
     )
     weights.add_argument("--raw", action="store_true", help="the last weights, not their average")
     parser.add_argument("--step", type=int, help="the checkpoint of this step instead of the newest")
+    parser.add_argument(
+        "--format",
+        choices=("megatext", "cola-dlm"),
+        default="megatext",
+        help="cola-dlm: cola_dit/, cola_vae/ and tokenizer.json, as ByteDance-Seed/Cola-DLM reads them",
+    )
     arguments = parser.parse_args(argv)
-    path, which = export(arguments.run, arguments.output, raw=arguments.raw, ema=arguments.ema, step=arguments.step)
+    with tempfile.TemporaryDirectory(prefix="megatext-export-") as folder:
+        ours = arguments.output if arguments.format == "megatext" else Path(folder)
+        path, which = export(arguments.run, ours, raw=arguments.raw, ema=arguments.ema, step=arguments.step)
+        if arguments.format == "cola-dlm":
+            export_cola(ours, arguments.output)
     print(f"exported the {which} of {path} to {arguments.output}")

@@ -56,6 +56,11 @@ class Tokenizer(ABC):
     def save(self, directory: str | Path) -> None:
         """Write the tokenizer's files, so that `load_tokenizer(directory)` gives it back."""
 
+    @abstractmethod
+    def save_json(self, directory: str | Path) -> None:
+        """Write tokenizer.json, as Hugging Face's tokenizers read it, and what names its end of text. Raises ValueError
+        for a tokenizer that cannot be written so."""
+
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece unigram model as `data_tools.train_tokenizer` makes it: lossless on any text."""
@@ -112,15 +117,32 @@ class SentencePieceTokenizer(Tokenizer):
         Path(directory).mkdir(parents=True, exist_ok=True)
         (Path(directory) / SENTENCEPIECE_FILE).write_bytes(self._model)
 
+    def save_json(self, directory: str | Path) -> None:
+        from tokenizers import AddedToken, decoders, models, normalizers
+        from tokenizers import Tokenizer as Backend
+        from transformers import PreTrainedTokenizerFast
+
+        pieces = [(self._processor.id_to_piece(i), self._processor.get_score(i)) for i in range(self.vocab_size)]
+        backend = Backend(models.Unigram(pieces, unk_id=self._processor.unk_id(), byte_fallback=True))
+        backend.normalizer = normalizers.Replace(" ", "\u2581")
+        parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        backend.decoder = decoders.Sequence(parts)
+        backend.add_special_tokens([AddedToken(pieces[i][0], special=True) for i in sorted(self._special)])
+        tokens = {"eos_token": pieces[self.eos_id][0], "pad_token": pieces[self.pad_id][0]}
+        PreTrainedTokenizerFast(tokenizer_object=backend, **tokens).save_pretrained(str(directory))
+
 
 class HuggingFaceTokenizer(Tokenizer):
     """Any tokenizer that transformers loads. The end of a document is `<|endoftext|>` where the vocabulary has it
     (Qwen3, GPT-2: what they were pretrained with), else the tokenizer's own eos."""
 
     def __init__(self, name: str):
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        if (Path(name) / "tokenizer.json").is_file() and not (Path(name) / "tokenizer_config.json").is_file():
+            self._tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(Path(name) / "tokenizer.json"))
+        else:
+            self._tokenizer = AutoTokenizer.from_pretrained(name)
         self.vocab_size = len(self._tokenizer)
         vocabulary = self._tokenizer.get_vocab()
         eos = vocabulary.get("<|endoftext|>", self._tokenizer.eos_token_id)
@@ -175,6 +197,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def save(self, directory: str | Path) -> None:
         self._tokenizer.save_pretrained(str(directory))
+
+    def save_json(self, directory: str | Path) -> None:
+        if self._backend is None:
+            raise ValueError(f"{self._tokenizer.name_or_path}: has no tokenizer.json, and none can be made of it")
+        self.save(directory)
 
 
 def _ends(offsets: list[tuple[int, int]], length: int) -> list[int]:

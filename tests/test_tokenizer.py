@@ -60,6 +60,29 @@ def test_save_and_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert train(TEXT * 20, 305).fingerprint() != tokenizer.fingerprint()
 
 
+@pytest.fixture(scope="module")
+def as_json(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    directory = tmp_path_factory.mktemp("json")
+    tokenizer.save_json(directory)
+    return load_tokenizer(directory)
+
+
+@settings(max_examples=300)
+@given(text=TEXTS)
+def test_tokenizer_json_gives_the_same_ids(tokenizer: Tokenizer, as_json: Tokenizer, text: str) -> None:
+    """Of our SentencePiece models, for what reads tokenizer.json alone."""
+    assert (as_json.eos_id, as_json.pad_id, as_json.vocab_size) == (2, 0, 312)
+    text = text.replace("\u2581", "").replace("\0", "")  # which SentencePiece is told in bytes
+    assert as_json.encode(text) == tokenizer.encode(text)
+    assert as_json.decode(as_json.encode(text)) == text
+
+
+def test_a_tokenizer_json_alone(qwen3: Tokenizer, shared_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((shared_data / "tokenizers" / "qwen3" / "tokenizer.json").read_bytes())
+    alone = load_tokenizer(tmp_path)
+    assert (alone.eos_id, alone.encode(TEXT[0])) == (qwen3.eos_id, qwen3.encode(TEXT[0]))
+
+
 def test_missing_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no tokenizer.model"):
         load_tokenizer(tmp_path)

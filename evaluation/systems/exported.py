@@ -13,7 +13,12 @@ from megatext.config import ConfigError, from_dict
 
 
 def kind_of(directory: Path) -> str | None:
-    """The recipe that exported a directory; None for a Hugging Face model. Raises ConfigError for an unknown one."""
+    """The recipe that exported a directory, `cola_dlm` for one in that format; None for another Hugging Face model.
+    Raises ConfigError for an unknown one."""
+    from megatext.recipes.cola_format import is_cola_directory
+
+    if is_cola_directory(directory):
+        return "cola_dlm"
     kind = json.loads((directory / "config.json").read_text()).get("kind")
     if kind not in (None, "text_dit", "text_vae"):
         raise ConfigError(f"{directory}: exported by a recipe this version cannot write with ({kind})")
@@ -32,12 +37,14 @@ class TextDiffusion(System):
 
     def __init__(self, directory: Path, sampling: dict[str, Any], *, where: str, dtype: str, device: str) -> None:
         from megatext.generation.sampling import SamplingConfig
+        from megatext.recipes.cola_format import is_cola_directory
         from megatext.recipes.pretrained import read_description
 
         if "length" in sampling:
             raise ConfigError(f"{where}: length: how long texts are is one rule for all systems (--length)")
         self.weights = hash_of_model(directory)
-        self.started_from = read_description(directory, "text_dit").get("warm_start_hash")
+        described = {} if is_cola_directory(directory) else read_description(directory, "text_dit")
+        self.started_from = described.get("warm_start_hash")
         self._directory, self._device, self._dtype = directory, device, dtype
         self._sampling = from_dict(SamplingConfig, sampling, where=where)
 

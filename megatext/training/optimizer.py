@@ -7,7 +7,7 @@ all stages and numbers of ranks take the same step.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -30,6 +30,9 @@ class OptimizerConfig:
     """Peak learning rate of Muon, in units of the update's spectral norm."""
     muon_momentum: float = 0.95
     """Momentum of Muon (Nesterov)."""
+    learning_rate_scales: dict[str, float] = field(default_factory=dict)
+    """Factors on both learning rates for the parameters whose names begin so, as {vae: 0.1} for a part that is trained
+    on."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of AdamW's first and second moments."""
     eps: float = 1e-8
@@ -52,6 +55,8 @@ class OptimizerConfig:
             raise ConfigError("optimizer.min_learning_rate_ratio must lie between 0 and 1")
         if self.learning_rate < 0 or self.muon_learning_rate < 0 or self.clip_norm < 0 or self.weight_decay < 0:
             raise ConfigError("optimizer: learning rates, weight_decay and clip_norm must not be negative")
+        if any(scale < 0 for scale in self.learning_rate_scales.values()):
+            raise ConfigError("optimizer.learning_rate_scales must not be negative")
         if self.warmup_steps < 0 or (self.decay_steps is not None and self.decay_steps < 0):
             raise ConfigError("optimizer: warmup_steps and decay_steps must not be negative")
 
@@ -68,25 +73,34 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, *, muon_dtype: t
 
     `muon_dtype`: what the Newton-Schulz iteration computes in.
     """
-    groups: dict[str, list[nn.Parameter]] = {"muon": [], "decayed": [], "plain": []}
+    kinds, scales = ("muon", "decayed", "plain"), [*config.learning_rate_scales.items(), ("", 1.0)]
+    # those without a factor last: the last group's learning rate is the one that is logged
+    groups: dict[tuple[str, str], list[nn.Parameter]] = {(kind, part): [] for part, _ in scales for kind in kinds}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
+            dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+            kind = "decayed" if dimensions >= 2 and config.weight_decay else "plain"
             if config.name == "muon" and is_muon_parameter(name, parameter):
-                groups["muon"].append(parameter)
-            else:
-                dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-                groups["decayed" if dimensions >= 2 and config.weight_decay else "plain"].append(parameter)
+                kind = "muon"
+            groups[kind, next(part for part, _ in scales if name.startswith(part))].append(parameter)
+    for part in config.learning_rate_scales:
+        if not any(groups[kind, part] for kind in kinds):
+            names = sorted({name.split(".")[0] for name, _ in module.named_parameters()})
+            raise ConfigError(
+                f"optimizer.learning_rate_scales: nothing begins with {part}; there are {', '.join(names)}"
+            )
     return MuonAdamW(
         [
             {
                 "params": params,
                 "muon": kind == "muon",
                 "weight_decay": 0.0 if kind == "plain" else config.weight_decay,
-                "peak_learning_rate": config.muon_learning_rate if kind == "muon" else config.learning_rate,
+                "peak_learning_rate": (config.muon_learning_rate if kind == "muon" else config.learning_rate)
+                * config.learning_rate_scales.get(part, 1.0),
                 "momentum": config.muon_momentum,
                 "muon_dtype": muon_dtype,
             }
-            for kind, params in groups.items()
+            for (kind, part), params in groups.items()
             if params
         ],
         clip_norm=config.clip_norm,

@@ -1,6 +1,7 @@
 """Cola DLM's format: what its released code computes with the same weights, and directories that go both ways."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ from megatext.config import ConfigError
 from megatext.generation import SamplingConfig, TextGenerator, blockwise
 from megatext.generation.noise import Request
 from megatext.nn.attention import make_mask
+from megatext.nn.dit import TextDiT
 from megatext.nn.layout import CONTEXT, TARGET, Layout
+from megatext.nn.text_vae import TextVAE
 from megatext.recipes import cola_format
+from megatext.recipes.pretrained import write_model, write_vae
+from megatext.recipes.text_dit import TextDiTRecipeConfig
 from tests.recipes import cola_golden
 from tests.recipes.cola_golden import LENGTHS, PROMPTS, SIZES
 
@@ -230,3 +235,78 @@ def test_what_is_not_known_is_refused(part: str, changes: dict[str, Any], messag
     release = write_release(tmp_path / "release", "causal", golden, **{part: changes})
     with pytest.raises(ConfigError, match=message):
         (cola_format.read_vae if part == "vae" else cola_format.read_dit)(release)
+
+
+def test_export_of_a_run(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that was trained here, written with --format cola-dlm, reads text as it does from our own format, and
+    writes the same; the harness opens it too."""
+    from evaluation.systems import open_model
+    from megatext import export as exporting
+    from megatext.tokenizer import load_tokenizer
+
+    arrays = np.load(cola_golden.FILE)
+    golden = {name: arrays[f"causal/{name}"] for name in ("vae_shapes", "dit_shapes")}
+    release = write_release(tmp_path / "release", "causal", golden)
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+
+    def export(run: Path, output: Path, **options: Any) -> tuple[Path, str]:
+        vae, (network, flow) = cola_format.read_vae(release), cola_format.read_dit(release)
+        vae = widen(vae, load_tokenizer(shards / "tokenizer").vocab_size)
+        write_vae(output / "vae", vae.config, vae.state_dict(), tokenizer=shards / "tokenizer")
+        config = TextDiTRecipeConfig(vae="vae", network=network.config, flow=flow)
+        weights = network.state_dict()
+        write_model(output, "text_dit", config, weights, tokenizer=shards / "tokenizer", vae=output / "vae")
+        return run, "raw weights"
+
+    monkeypatch.setattr(exporting, "export", export)
+    for output, options in ((ours, []), (theirs, ["--format", "cola-dlm"])):
+        exporting.main(["--run", str(tmp_path), "--output", str(output), *options])
+    assert sorted(path.name for path in theirs.iterdir() if not path.name.startswith("tokenizer_")) == [
+        "cola_dit",
+        "cola_vae",
+        "tokenizer.json",
+    ]
+    sampling = SamplingConfig(steps=4, grid="uniform", guidance_scale=2.0, history="latents")
+    prompts = ["The quick brown", "Numbers such as 1, 2"]
+    written = []
+    for directory in (ours, theirs):
+        generator = TextGenerator.from_pretrained(directory)
+        requests = [Request(generator.tokenizer.encode(text), 9, seed) for seed, text in enumerate(prompts)]
+        assert [generator.tokenizer.decode(request.prompt) for request in requests] == prompts
+        written.append([(requests, *generator._pieces(requests, sampling))])
+    assert written[0] == written[1]
+    assert open_model(theirs, {"steps": 4}, name="cola", dtype="fp32", device="cpu").fingerprint()
+
+
+def widen(vae: TextVAE, vocab_size: int) -> TextVAE:
+    """The same with random embeddings for a larger vocabulary."""
+    wide = TextVAE(vae.config, vocab_size)
+    weights = vae.state_dict()
+    generator = torch.Generator().manual_seed(0)
+    for name in ("embedding.weight", "unembedding.weight", "unembedding.bias"):
+        weights[name] = torch.randn(wide.state_dict()[name].shape, generator=generator)
+    wide.load_state_dict(weights)
+    return wide
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ({"role_embedding": True}, "needs network.role_embedding False, it is True"),
+        ({"trunk": {"norm": "rms"}}, "needs network.trunk.norm 'layer', it is 'rms'"),
+    ],
+)
+def test_what_the_format_has_no_words_for(network: dict[str, Any], message: str, tmp_path: Path) -> None:
+    arrays = np.load(cola_golden.FILE)
+    golden = {name: arrays[f"causal/{name}"] for name in ("vae_shapes", "dit_shapes")}
+    release = write_release(tmp_path / "release", "causal", golden)
+    vae, (dit, flow) = cola_format.read_vae(release), cola_format.read_dit(release)
+    config = replace(dit.config, trunk=replace(dit.config.trunk, **network.pop("trunk", {})), **network)
+    with pytest.raises(ConfigError, match=message):
+        cola_format.write(vae, TextDiT(config, cola_golden.CHANNELS, 0), flow, tmp_path / "out")
+    with pytest.raises(ConfigError, match="objective velocity on the linear path in blocks"):
+        cola_format.write(vae, dit, replace(flow, objective="x0"), tmp_path / "out")
+    vae.latent_mean.fill_(0.1)
+    with pytest.raises(ConfigError, match="standardised: false"):
+        cola_format.write(vae, dit, flow, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
