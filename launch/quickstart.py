@@ -1,6 +1,6 @@
 """From raw text to scored samples: prints every stage's command, runs it, continues where it was interrupted.
 
-python launch/quickstart.py --configs launch/configs/quickstart [--recipe default|textldm_paper] [--num_processes N]
+python launch/quickstart.py --configs launch/configs/quickstart [--recipe default|textldm_paper|cola]
 """
 
 import argparse

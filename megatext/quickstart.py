@@ -18,8 +18,16 @@ from data_tools.sources import describe
 from megatext.config import ConfigError, from_dict
 from megatext.stages import Stage
 
-RECIPES = ("default", "textldm_paper")
-RUNS = {"lm": "lm", "vae": "vae", "token_vae": "vae", "dit": "dit", "dit_textldm_paper": "dit"}
+RECIPES = ("default", "textldm_paper", "cola")
+RUNS = {
+    "lm": "lm",
+    "vae": "vae",
+    "token_vae": "vae",
+    "dit": "dit",
+    "dit_textldm_paper": "dit",
+    "vae_cola": "vae",
+    "dit_cola": "cola",
+}
 """Training run, which is also the name of its configuration -> launch/pretrain_*.py."""
 
 
@@ -61,7 +69,11 @@ class Quickstart:
         dit, runs = self._training(teacher)
         self._evaluation(dit, runs)
         stages = {f"{verb}_{run}" for verb in ("pretrain", "export") for run in RUNS}
-        stages |= {"train_tokenizer", *(self.name_in_preset(stage.name) for stage in self.stages)}
+        stages |= {
+            "train_tokenizer",
+            "extract_hidden_states",
+            *(self.name_in_preset(stage.name) for stage in self.stages),
+        }
         for key, given, known in [
             ("options", set(self.preset.options), {"train_tokenizer", "shard", "extract_hidden_states"}),
             ("seconds", set(self.preset.seconds), stages),
@@ -90,6 +102,9 @@ class Quickstart:
     def _training(self, teacher: str | None) -> tuple[str, list[str]]:
         """Name of the DiT's run, and the directories of all runs."""
         self._train("lm", needs=["shard"])
+        if self.recipe == "cola":  # no teacher
+            self._train("vae_cola", needs=["shard"])
+            return self._denoiser("dit_cola", ["vae_cola"])
         states = self.work_dir / "hidden_states"
         extract = (
             f"python -m data_tools.extract_hidden_states --shards {self.work_dir / 'shards'}"
@@ -103,7 +118,11 @@ class Quickstart:
         if self.recipe == "default":
             self._train("token_vae", needs=["shard"])
             vaes, dit = ["vae", "token_vae"], "dit"
-        system = self._read(dit)["dit"]
+        return self._denoiser(dit, vaes)
+
+    def _denoiser(self, dit: str, vaes: list[str]) -> tuple[str, list[str]]:
+        """Train the denoiser on one of `vaes`; its run's name, and the directories of all runs."""
+        system = self._read(dit)[RUNS[dit]]
         needs = ["shard", self._export_of("vae", system["vae"], vaes, dit)]
         if system.get("warm_start"):
             needs.append(self._export_of("warm_start", system["warm_start"], ["lm"], dit))
@@ -116,7 +135,7 @@ class Quickstart:
             if self._model(run) == Path(directory):
                 return f"export_{run}"
         trained = ", ".join(str(self._model(run)) for run in runs)
-        raise ConfigError(f"{self.configs}/{dit}.yaml: dit.{key} is {directory}, but trained here is {trained}")
+        raise ConfigError(f"{self.configs}/{dit}.yaml: {RUNS[dit]}.{key} is {directory}, but trained here is {trained}")
 
     def _train(self, run: str, needs: list[str]) -> None:
         config, ranks = self.configs / f"{run}.yaml", self.num_processes

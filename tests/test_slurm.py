@@ -71,3 +71,24 @@ def test_the_margin_is_given_to_the_tasks() -> None:
     """USR1, to the tasks (not `B:`, the batch shell), early enough to finish a step and save."""
     lines = [line for line in SCRIPT.read_text().splitlines() if line.startswith("#SBATCH")]
     assert "#SBATCH --signal=USR1@600" in lines and "#SBATCH --requeue" in lines
+
+
+def test_colas_stages_wait_for_each_other(tmp_path: Path) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nwc -l < {tmp_path}/calls\n')
+    sbatch.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NODES": "8", "PYTHON": "python"}
+    command = ["bash", "launch/slurm/cola.sh", "vae_1gpu", "dit_1gpu", "--time=1:00:00"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "queued: 1 (stage 1), 2 (its export), 3 (stage 2), 4 (its export)\n"
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert ["--dependency" in call for call in calls] == [False, True, True, True]
+    for number, (call, part) in enumerate(
+        zip(calls, ("pretrain_vae", "vae_1gpu", "pretrain_cola", "dit_1gpu"), strict=True)
+    ):
+        assert part in call and (number == 0 or f"--dependency=afterok:{number} " in call)
+    for call in calls[::2]:  # what they name is there
+        assert "--nodes 8 --time=1:00:00 launch/slurm/pretrain.sbatch" in call
+        assert all((REPOSITORY / word).is_file() for word in call.split() if "/" in word)
+    assert "--output runs/cola/models/vae_1gpu" in calls[1]
+    assert "vae: runs/cola/models/vae_1gpu\n" in (REPOSITORY / "launch/configs/cola/dit_1gpu.yaml").read_text()

@@ -1,4 +1,4 @@
-"""The presets of TextLDM's sizes have the paper's numbers of parameters, counted in units of 2^20."""
+"""The presets of the papers' sizes have the papers' numbers of parameters, TextLDM's in units of 2^20."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from megatext.config import from_dict
 from megatext.launch import QWEN3_VOCABULARY
 from megatext.nn.dit import TextDiT
 from megatext.nn.text_vae import TextVAE
+from megatext.recipes.cola_dlm import PretrainColaConfig
 from megatext.recipes.text_dit import PretrainDiTConfig
 from megatext.recipes.text_vae import PretrainVAEConfig
 
@@ -37,3 +38,26 @@ def test_text_dit(millions: int) -> None:
     with torch.device("meta"):
         dit = TextDiT(config.dit.network, latent_channels=64, vocab_size=QWEN3_VOCABULARY)
     assert parameters(dit) == pytest.approx(millions, rel=0.03)
+
+
+def test_cola_dlm() -> None:
+    """The release: about 500M and 1.8B, in units of a million, with OLMo 2's 100,278 tokens."""
+    given = {name: yaml.safe_load((PRESETS.parent / "cola" / f"{name}.yaml").read_text()) for name in SIZES_OF_COLA}
+    vae = from_dict(PretrainVAEConfig, given["vae_500m"], where="vae_500m").vae.network
+    dit = from_dict(PretrainColaConfig, given["dit_1800m"], where="dit_1800m").cola.network
+    with torch.device("meta"):
+        sizes = [parameters(TextVAE(vae, 100_278)), parameters(TextDiT(dit, 16, 100_278))]
+    assert [size * 2**20 / 1e6 for size in sizes] == pytest.approx([500, 1800], rel=0.03)
+    for name, (kind, section) in SIZES_OF_COLA.items():
+        config = from_dict(kind, given[name], where=name)
+        assert config.run_dir == f"runs/cola/{name}"
+        if section == "cola":
+            assert config.cola.vae == f"runs/cola/models/vae_{'500m' if '1800m' in name else '1gpu'}"
+
+
+SIZES_OF_COLA = {
+    "vae_500m": (PretrainVAEConfig, "vae"),
+    "dit_1800m": (PretrainColaConfig, "cola"),
+    "vae_1gpu": (PretrainVAEConfig, "vae"),
+    "dit_1gpu": (PretrainColaConfig, "cola"),
+}
