@@ -46,11 +46,16 @@ def systems(width: int, layers: int) -> dict[str, tuple[str, dict[str, Any]]]:
         "network": {"trunk": trunk, "output": "tokens", "token_embedding": True},
         "flow": {"objective": "token_cross_entropy", "block_tokens": 4},
     }
+    cola = {
+        "network": {"trunk": {**trunk, "mlp": "gelu_tanh", "qk_norm_kind": "layer"}, "final_modulation": True},
+        "flow": {"block_tokens": 16, "posterior": "sample", "condition_dropout": 0.0},
+    }
     return {
         "lm": ("PretrainLMConfig", {"model": {"width": width, "layers": layers, "heads": width // 64}}),
         "vae": ("PretrainVAEConfig", {"vae": {"network": {**vae, "encoder": trunk}}}),
         "dit": ("PretrainDiTConfig", {"dit": {"network": {"trunk": trunk, "time_conditioning": "none"}}}),
         "dit in blocks": ("PretrainDiTConfig", {"dit": blocks}),
+        "cola": ("PretrainColaConfig", {"cola": cola}),
     }
 
 
@@ -64,8 +69,10 @@ def write_inputs(folder: Path, width: int, vocab_size: int) -> SentencePieceToke
     tokenizer = train([" ".join(words[i : i + 10]) for i in range(0, len(words), 10)], vocab_size)
     write_shards(folder / "shards", documents(4000, 300, 0, vocab_size), tokenizer=tokenizer)
     trunk = {"layers": 2, "width": width, "heads": width // 64}
-    for name, layers in (("vae", 2), ("token_vae", 0)):
+    for name, layers in (("vae", 2), ("token_vae", 0), ("causal_vae", 2)):
         described = {"latent_channels": 64, "encoder": {**trunk, "layers": layers}, "decoder": trunk}
+        if name == "causal_vae":
+            described |= {"latent_channels": 16, "attention": "causal", "mask_token": True}
         config = from_dict(TextVAEConfig, described, where="benchmark")
         weights = TextVAE(config, vocab_size).state_dict()
         write_model(folder / name, "text_vae", config, weights, tokenizer=folder / "shards" / "tokenizer")
@@ -74,13 +81,19 @@ def write_inputs(folder: Path, width: int, vocab_size: int) -> SentencePieceToke
 
 def configuration(options: argparse.Namespace, name: str, folder: Path, **training: Any) -> RunConfig:
     kind, own = systems(options.width, options.layers)[name]
-    if "dit" in own:
-        own = {"dit": {**own["dit"], "vae": str(folder / ("token_vae" if "blocks" in name else "vae"))}}
+    vae = {"dit": "vae", "dit in blocks": "token_vae", "cola": "causal_vae"}.get(name)
+    if vae:
+        own = {key: {**section, "vae": str(folder / vae)} for key, section in own.items()}
     data = {"shards": str(folder / "shards"), "row_tokens": options.row_tokens, "max_tokens": options.row_tokens}
     steps = {"max_steps": WARMUP + options.steps, "save_every_steps": 10**6, "logging": {"log_every_steps": 10**6}}
     sizes = {"rows_per_step": options.rows, "micro_batch_rows": options.rows, "validation_batches": 0, **training}
     given = {"run_dir": tempfile.mkdtemp(dir=folder), "data": data, "training": sizes, **steps, **own}
     return from_dict(config_class(kind), given, where="benchmark")
+
+
+def frozen_vaes(recipe: Any) -> list[Any]:
+    """The frozen autoencoder of a recipe, where it has one."""
+    return [getattr(recipe, name) for name in ("vae", "reference") if hasattr(recipe, name)]
 
 
 class Shares:
@@ -93,7 +106,7 @@ class Shares:
         self.on_gpu = trainer.processes.device.type == "cuda"
         for part, owner, method in [
             ("data wait", trainer, "_take"),
-            *([("encoders", trainer.recipe.vae, "encode")] if hasattr(trainer.recipe, "vae") else []),
+            *[("encoders", vae, "encode") for vae in frozen_vaes(trainer.recipe)],
             ("prepare", trainer.recipe, "prepare"),
             ("forward", trainer.engine, "forward"),
             ("backward", trainer.engine, "backward"),

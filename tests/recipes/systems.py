@@ -8,9 +8,10 @@ import yaml
 from tests.processes import run_all
 
 TRUNK = {"layers": 2, "width": 32, "heads": 2, "activation_checkpointing": 1}
+OPTIMIZER = {"name": "muon", "learning_rate": 0.01, "warmup_steps": 2}
 COMMON = {
     "max_steps": 4,
-    "optimizer": {"name": "muon", "learning_rate": 0.01, "warmup_steps": 2},
+    "optimizer": OPTIMIZER,
     "training": {"rows_per_step": 8, "micro_batch_rows": 2, "precision": "fp32", "ema_decays": [0.9]},
     "logging": {"log_every_steps": 1},
 }
@@ -47,7 +48,7 @@ SYSTEMS = {
     "vae": ("vae", VAE),
     "blocks": ("dit", {"dit": BLOCKS}),
     "one_shot": ("dit", {"dit": ONE_SHOT}),
-    "cola": ("cola", {"cola": COLA}),
+    "cola": ("cola", {"cola": COLA, "optimizer": {**OPTIMIZER, "learning_rate_scales": {"vae": 0.5}}}),
 }
 
 

@@ -63,6 +63,24 @@ def test_muon_gets_the_blocks_matrices_only() -> None:
     assert groups == {(True, 0.1): [(4, 4)], (False, 0.1): [(5, 4)], (False, 0.0): [(4,)]}
 
 
+def test_learning_rates_of_parts() -> None:
+    """A factor on Muon's rate and on AdamW's for what begins with the name, in order; the rest is logged."""
+    module = nn.ModuleDict({n: nn.ModuleDict({"blocks": nn.Linear(4, 4)}) for n in ("vae", "dit")})
+    settings = OptimizerConfig(
+        name="muon", learning_rate=0.1, muon_learning_rate=0.3, learning_rate_scales={"vae.blocks.b": 0.0, "vae": 0.5}
+    )
+    optimizer = build_optimizer(module, settings, muon_dtype=torch.float32)
+    assert optimizer.set_learning_rate(0.5) == 0.05
+    names = {id(p): n for n, p in module.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    expected = {"dit.blocks.weight": 0.15, "dit.blocks.bias": 0.05, "vae.blocks.weight": 0.075, "vae.blocks.bias": 0.0}
+    assert rates == pytest.approx(expected)
+    with pytest.raises(ConfigError, match="nothing begins with vea; there are dit, vae"):
+        build_optimizer(module, OptimizerConfig(learning_rate_scales={"vea": 0.5}), muon_dtype=torch.float32)
+    with pytest.raises(ConfigError, match="must not be negative"):
+        OptimizerConfig(learning_rate_scales={"vae": -0.5})
+
+
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(1, 6))
 def test_contiguous_layout_covers_every_element_once(sizes: list[int], world: int) -> None:
     params = [nn.Parameter(torch.empty(size)) for size in sizes]
