@@ -96,7 +96,11 @@ class _Writer:
         position = start[:, None] + torch.arange(self.size, device=self.device)
         given = position < self.known[rows, None]
         tokens = self.tokens[rows].gather(1, position)
-        final = self._denoise(rows, position, given, self._encode(rows, tokens, position, given))
+        # only where a prompt ends inside the block is there something to encode
+        clean = torch.zeros(*position.shape, self.vae.config.latent_channels, device=self.device)
+        if bool(given.any()):
+            clean = self._encode(rows, tokens, position, given)
+        final = self._denoise(rows, position, given, clean)
         written = torch.where(given, tokens, self._decode(rows, final, position))
         self.tokens[rows] = self.tokens[rows].scatter(1, position, written)
         if self.sampling.length == "eos":

@@ -10,6 +10,7 @@ import contextlib
 import json
 import zlib
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,11 @@ class _OnCPU:
 
 def official(case: str) -> dict[str, np.ndarray]:
     """Everything their code computes of a case, and the shapes of its tensors."""
-    import cola_dlm.engine as engine
-    import cola_dlm.modeling_cola_dit as modeling_dit
-    import cola_dlm.modeling_cola_vae as modeling_vae
-    from cola_dlm.attention_utils import create_2l_block_causal_mask
-
+    names = ("engine", "modeling_cola_dit", "modeling_cola_vae", "attention_utils")
+    engine, modeling_dit, modeling_vae, masks = (import_module(f"cola_dlm.{name}") for name in names)
     on_cpu = _OnCPU()
-    engine.torch = modeling_dit.torch = modeling_vae.torch = on_cpu
+    for module in (engine, modeling_dit, modeling_vae):
+        module.torch = on_cpu  # type: ignore[attr-defined]
     vae = modeling_vae.ColaTextVAEModel(modeling_vae.ColaTextVAEConfig(**vae_config(case))).eval()
     dit = modeling_dit.ColaDiTModel(modeling_dit.ColaDiTConfig(**dit_config(case))).eval()
     found: dict[str, np.ndarray] = {}
@@ -151,7 +150,7 @@ def official(case: str) -> dict[str, np.ndarray]:
         # training, a clean copy and a noisy one in a row; last, as their RoPE caches these positions as 0, 1, ...
         n = LENGTHS[0]
         both, twice = torch.cat((latents[:n], noisy[:n])), torch.tensor([[2 * n]])
-        mask = create_2l_block_causal_mask(twice, twice, [n], size, torch.float32, torch.device("cpu"))
+        mask = masks.create_2l_block_causal_mask(twice, twice, [n], size, torch.float32, torch.device("cpu"))
         place, t = torch.arange(n).repeat(2), torch.cat((torch.zeros(n), timesteps()[:n] * 1000))
         out = dit(both, twice, twice, t, k_position_ids=place, q_position_ids=place, attn_mask_override=mask)
         found["velocity_two_streams"] = out.txt_sample[n:].numpy()
