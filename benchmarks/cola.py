@@ -122,17 +122,20 @@ class Theirs:
         run(1)
         return run
 
-    def generation(self, prompts: list[list[int]], tokens: int, steps: int, scale: float) -> Callable[[], float]:
+    def generation(
+        self, backend: str, prompts: list[list[int]], tokens: int, steps: int, scale: float
+    ) -> Callable[[], float]:
         """New tokens a second of their engine for one prompt, of their batch inference for several."""
+        pad = self.vae.vocab_size  # has an embedding, and no logit: they stop where they write the padding
         options = {"timestep_num": steps, "guidance_scale": scale, "temperature": 0.0, "repetition_penalty": 1.0}
 
         def run() -> float:
-            self.modules["modeling_cola_dit"].set_attn_backend("naive")  # the engine's
+            self.modules["modeling_cola_dit"].set_attn_backend(backend)
             self.dit.eval()
             started = time.perf_counter()
             if len(prompts) == 1:
                 engine = self.modules["engine"].ColaEngine(self.dit, self.vae, _Ids())
-                made = engine.generate(prompts[0], max_new_tokens=tokens, stop_text=None, pad_token_id=0, **options)
+                made = engine.generate(prompts[0], max_new_tokens=tokens, stop_text=None, pad_token_id=pad, **options)
                 written = sum(len(block.is_prompt) - sum(block.is_prompt) for block in made)
             else:
                 self.modules["inference"].generate_task_repaint_inference(
@@ -142,7 +145,7 @@ class Theirs:
                     [{"question": str(i)} for i in range(len(prompts))],
                     device=self.device,
                     max_new_tokens=tokens,
-                    pad_token_id=0,
+                    pad_token_id=pad,
                     **options,
                 )
                 written = len(prompts) * tokens
@@ -179,7 +182,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def write_inputs(options: argparse.Namespace, folder: Path, processes: Processes) -> np.ndarray:
+def write_inputs(options: argparse.Namespace, folder: Path) -> np.ndarray:
     """Random weights in Cola DLM's format under `release/`, with a tokenizer, and shards of whole rows; the rows."""
     from data_tools.train_tokenizer import train
 
@@ -252,6 +255,11 @@ def networks(options: argparse.Namespace) -> tuple[TextVAE, TextDiT, FlowConfig]
     return vae.requires_grad_(False), network.requires_grad_(False), flow
 
 
+def precision(device: torch.device) -> str:
+    """What both compute in."""
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
 def our_training_step(options: argparse.Namespace, folder: Path, processes: Processes) -> Callable[[], float]:
     """Tokens a second of the trainer's steps, reading the rows included."""
     from dataclasses import asdict
@@ -271,6 +279,7 @@ def our_training_step(options: argparse.Namespace, folder: Path, processes: Proc
         },
     }
     rows = {"rows_per_step": options.rows, "micro_batch_rows": options.rows, "validation_batches": 0, "ema_decays": []}
+    rows["precision"] = precision(processes.device)  # theirs
     given = {
         "run_dir": tempfile.mkdtemp(dir=folder),
         "data": {"shards": str(folder / "shards"), "row_tokens": options.row_tokens, "max_tokens": options.row_tokens},
@@ -309,6 +318,15 @@ def our_generation(
     return run
 
 
+def against_the_best(what: str, best: dict[str, float], rows: list[list[str]]) -> dict[str, Any]:
+    """Adds a row to the table, against the peer's best attention; the figures."""
+    name, peer = max(((key, value) for key, value in best.items() if key != "megatext"), key=lambda item: item[1])
+    ratio = best["megatext"] / peer
+    backend = name.removeprefix("official, ")
+    rows.append([what, f"{best['megatext']:,.1f}", f"{peer:,.1f}", backend, f"{ratio:.2f} x"])
+    return {"tokens_per_second": best, "ratio": ratio}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--official", type=Path, required=True, help="a checkout of ByteDance-Seed/Cola-DLM")
@@ -328,19 +346,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the best counts")
     options = parser.parse_args()
     processes = start_processes()
-    device, rows_of_table, figures = processes.device, [], dict[str, Any]()
+    device, rows_of_table = processes.device, list[list[str]]()
+    figures: dict[str, Any] = {"precision": precision(device)}
     backends = ["naive", "sdpa", *(["flex"] if device.type == "cuda" else [])]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = write_inputs(options, folder, processes)
+        rows = write_inputs(options, folder)
         theirs = Theirs(options.official, folder / "release", device)
         contestants = {f"official, {b}": theirs.training_step(b, rows[WARMUP:], options.steps) for b in backends}
         best = best_of({"megatext": our_training_step(options, folder, processes), **contestants}, options.repeats)
-        peer = max(value for key, value in best.items() if key != "megatext")
-        figures["training"] = {"tokens_per_second": best, "ratio": best["megatext"] / peer}
-        backend = max(contestants, key=lambda key: best[key])
-        rows_of_table.append(["training step", f"{best['megatext']:,.0f}", f"{peer:,.0f}", backend])
-        rows_of_table[-1].append(f"{best['megatext'] / peer:.2f} x")
+        figures["training"] = against_the_best("training step", best, rows_of_table)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         generator = TextGenerator.from_pretrained(folder / "release", device=str(device), dtype=dtype)
         generator.tokenizer = _NoEnd()  # type: ignore[assignment]
@@ -360,20 +375,16 @@ def main() -> None:
             best = best_of(
                 {
                     "megatext": our_generation(generator, whole, options.new_tokens, sampling),
-                    "official": theirs.generation(
-                        whole, options.new_tokens, options.sampling_steps, options.guidance_scale
-                    ),
+                    **{
+                        f"official, {backend}": theirs.generation(
+                            backend, whole, options.new_tokens, options.sampling_steps, options.guidance_scale
+                        )
+                        for backend in ("naive", "sdpa")
+                    },
                 },
                 options.repeats,
             )
-            figures[f"generation_{count}"] = {
-                "tokens_per_second": best,
-                "ratio": best["megatext"] / best["official"],
-            }
-            rows_of_table.append(
-                [f"generation, batch of {count}", f"{best['megatext']:,.1f}", f"{best['official']:,.1f}", "naive"]
-            )
-            rows_of_table[-1].append(f"{best['megatext'] / best['official']:.2f} x")
+            figures[f"generation_{count}"] = against_the_best(f"generation, batch of {count}", best, rows_of_table)
     columns = ["", "megatext, tokens/s", "official, tokens/s", "its attention", "megatext is"]
     figures["options"] = vars(options) | {"official": str(options.official.name)}
     report("cola", columns, rows_of_table, figures)

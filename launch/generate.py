@@ -20,7 +20,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
         description="Continue a prompt with an exported model, block by block as it is written.",
     )
-    parser.add_argument("--model", type=Path, required=True, help="directory written by launch/export.py")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="directory written by launch/export.py, or of Cola DLM's release"
+    )
     parser.add_argument("--prompt", help='text to continue, "" for a passage from nothing; not given: asks for prompts')
     parser.add_argument("--max_tokens", type=int, default=64, help="tokens to write (default 64)")
     parser.add_argument("--samples", type=int, default=1, help="texts for each prompt")

@@ -1,6 +1,7 @@
 """A run -> safetensors, config.json and tokenizer, on a CPU and without DeepSpeed."""
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 
@@ -39,12 +40,15 @@ def export_cola(model: Path, output: Path) -> None:
     from megatext.generation import TextGenerator
     from megatext.recipes import cola_format
 
+    if (kind := json.loads((model / "config.json").read_text()).get("kind")) != "text_dit":
+        what = kind or "language model"
+        raise ConfigError(f"--format cola-dlm is for runs of pretrain_cola.py and pretrain_dit.py; this is a {what}'s")
     generator = TextGenerator.from_pretrained(model)
-    cola_format.write(generator.vae, generator.module.network, generator.flow, output)
     try:
         generator.tokenizer.save_json(output)
     except ValueError as error:
         raise ConfigError(f"Cola DLM's format needs a tokenizer.json: {error}") from None
+    cola_format.write(generator.vae, generator.module.network, generator.flow, output)
 
 
 def _choose(run: Path, step: int | None) -> Path:

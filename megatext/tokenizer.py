@@ -12,6 +12,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+from megatext.config import ConfigError
+
 SENTENCEPIECE_FILE = "tokenizer.model"
 _HUGGING_FACE_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
@@ -139,7 +141,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, name: str):
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-        if (Path(name) / "tokenizer.json").is_file() and not (Path(name) / "tokenizer_config.json").is_file():
+        files = {path.name for path in Path(name).glob("*.json")}
+        if "tokenizer.json" in files and not files & {"tokenizer_config.json", "config.json"}:
             self._tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(Path(name) / "tokenizer.json"))
         else:
             self._tokenizer = AutoTokenizer.from_pretrained(name)
@@ -147,7 +150,7 @@ class HuggingFaceTokenizer(Tokenizer):
         vocabulary = self._tokenizer.get_vocab()
         eos = vocabulary.get("<|endoftext|>", self._tokenizer.eos_token_id)
         if eos is None:
-            raise ValueError(f"tokenizer {name}: no end-of-text token; set `eos_token` in tokenizer_config.json")
+            raise ConfigError(f"tokenizer {name}: no end-of-text token; set `eos_token` in tokenizer_config.json")
         self.eos_id = int(eos)
         whole = self._tokenizer("a")["input_ids"]
         bare = self._tokenizer("a", add_special_tokens=False)["input_ids"]

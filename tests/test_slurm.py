@@ -90,5 +90,6 @@ def test_colas_stages_wait_for_each_other(tmp_path: Path) -> None:
     for call in calls[::2]:  # what they name is there
         assert "--nodes 8 --time=1:00:00 launch/slurm/pretrain.sbatch" in call
         assert all((REPOSITORY / word).is_file() for word in call.split() if "/" in word)
+    assert all("--time=1:00:00 --nodes 1 --ntasks 1 " in call for call in calls[1::2])
     assert "--output runs/cola/models/vae_1gpu" in calls[1]
     assert "vae: runs/cola/models/vae_1gpu\n" in (REPOSITORY / "launch/configs/cola/dit_1gpu.yaml").read_text()

@@ -97,13 +97,11 @@ class Reconstruction(System):
     def _through(self, text: str) -> str:
         import torch
 
-        from megatext.nn.layout import Layout
-
         vae, tokenizer = self._loaded
         ids = torch.tensor([tokenizer.encode(text)], device=self._device)
         if not ids.numel():
             return ""
-        layout = Layout.of(torch.zeros_like(ids), torch.arange(ids.shape[1], device=ids.device)[None])
+        layout = vae.layout(torch.zeros_like(ids), torch.arange(ids.shape[1], device=ids.device)[None])
         with torch.inference_mode():
             written = vae.decode(vae.encode(ids, layout)[0], layout).argmax(dim=-1)[0]
         return tokenizer.decode(written.tolist())

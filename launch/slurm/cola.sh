@@ -3,6 +3,7 @@
 # TextVAE together, the export of both. From the repository, on 8 nodes:
 #
 #     NODES=8 launch/slurm/cola.sh [vae_500m dit_1800m] [options of sbatch ...]
+#     launch/slurm/cola.sh vae_1gpu dit_1gpu --ntasks-per-node 1 --gpus-per-node 1
 #
 # The arguments name files of launch/configs/cola. Every job asks for more time by itself (pretrain.sbatch).
 
@@ -19,14 +20,14 @@ train() {
         "launch/$2" --config "$configs/$1.yaml" --deepspeed_config ds_configs/zero1.json
 }
 
-# model NAME PREVIOUS_JOB: the number of the job that exports the run of that name
+# model NAME PREVIOUS_JOB [options]: the number of the job that exports the run of that name, in one task
 model() {
-    sbatch --parsable --dependency="afterok:$2" --nodes 1 --ntasks 1 --job-name export \
+    sbatch --parsable --dependency="afterok:$2" "${@:3}" --nodes 1 --ntasks 1 --ntasks-per-node 1 --job-name export \
         --wrap "$python launch/export.py --run runs/cola/$1 --output runs/cola/models/$1"
 }
 
 first="$(train "$vae" pretrain_vae.py "" "$@")"
-exported="$(model "$vae" "$first")"
+exported="$(model "$vae" "$first" "$@")"
 second="$(train "$dit" pretrain_cola.py "$exported" "$@")"
-last="$(model "$dit" "$second")"
+last="$(model "$dit" "$second" "$@")"
 echo "queued: $first (stage 1), $exported (its export), $second (stage 2), $last (its export)"

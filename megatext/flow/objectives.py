@@ -87,13 +87,13 @@ def token_log_likelihood(path: Path, z: Tensor, table: Tensor, t: Tensor, min_si
     return left @ right.t()
 
 
-def constant_predictor_error(path: Path, t: Tensor, target: Literal["velocity", "x0"]) -> Tensor:
-    """Expected error of the best predictor that ignores its input, for latents of mean 0 and variance 1 a channel.
+def constant_predictor_error(path: Path, t: Tensor, target: Literal["velocity", "x0"], variance: float = 1.0) -> Tensor:
+    """Expected error of the best predictor that ignores its input, for latents of this variance a channel.
 
-    Same shape as `t`. The best constant is 0, so its error is the target's variance: 1 for x0, alpha'^2 + sigma'^2
-    for the velocity. Binned over the same timesteps as a model's error (`by_timestep_bin`), it is the bar that a
-    model has to stay under in every bin.
+    Same shape as `t`. The best constant is the target's mean, so its error is the target's variance: `variance` for
+    x0, alpha'^2 variance + sigma'^2 for the velocity. Binned over the same timesteps as a model's error
+    (`by_timestep_bin`), it is the bar that a model has to stay under in every bin.
     """
     if target == "x0":
-        return torch.ones_like(t)
-    return path.alpha_derivative(t).square() + path.sigma_derivative(t).square()
+        return torch.full_like(t, variance)
+    return path.alpha_derivative(t).square() * variance + path.sigma_derivative(t).square()

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from megatext.generation.text_generator import TextGenerator
 
 PREFILL_TOKENS = 256
-"""Prompts are read in chunks of about as many tokens; a row whose prompt is shorter leaves after its last whole
-block."""
+"""Prompts are read in chunks of at most about as many tokens, which end where the shortest prompt ends: nothing is
+computed for padding."""
 
 
 def generate(
@@ -61,19 +61,19 @@ class _Writer:
         for row, request in enumerate(requests):
             self.tokens[row, : len(request.prompt)] = torch.tensor(request.prompt, dtype=torch.long)
         self.committed = torch.zeros_like(self.known)
-        self.cache = self._cache(self.network.trunk)
-        self.encoder_cache = None if self.vae.token_local else self._cache(self.vae.encoder)
+        self.cache = self._cache(self.network.trunk, self.network.latent_in.weight.dtype)
+        of_vae = self.vae.latent_in.weight.dtype
+        self.encoder_cache = None if self.vae.token_local else self._cache(self.vae.encoder, of_vae)
         decodes = generator.module.table is None and self.vae.config.attention != "full"
-        self.decoder_cache = self._cache(self.vae.decoder) if decodes else None
+        self.decoder_cache = self._cache(self.vae.decoder, of_vae) if decodes else None
         grid = generator.grid(sampling)
         self.modulations = self.network.modulations(torch.cat((grid.new_zeros(1), grid)))
         self.step_of = {t: 1 + step for step, t in enumerate(grid.tolist())}
 
-    def _cache(self, trunk: Trunk) -> KVCache:
-        config, weight = trunk.config, next(trunk.parameters())
+    def _cache(self, trunk: Trunk, dtype: torch.dtype) -> KVCache:
+        config, rows = trunk.config, len(self.requests)
         head = config.width // config.heads
-        rows = len(self.requests)
-        return KVCache(config.layers, rows, config.heads, self.slots, head, dtype=weight.dtype, device=self.device)
+        return KVCache(config.layers, rows, config.heads, self.slots, head, dtype=dtype, device=self.device)
 
     @property
     def unfinished(self) -> bool:
@@ -82,12 +82,12 @@ class _Writer:
     def read_prompts(self) -> None:
         """Commit the whole blocks of all prompts."""
         whole = self.known // self.size * self.size
-        chunk = max(1, PREFILL_TOKENS // self.size) * self.size
-        for start in range(0, int(whole.max()) if len(whole) else 0, chunk):
-            rows = (whole > start).nonzero()[:, 0]
-            position = start + torch.arange(min(chunk, int(whole.max()) - start), device=self.device)
-            position = position.expand(len(rows), -1)
-            self._commit(rows, position, position < whole[rows, None])
+        chunk, start = max(1, PREFILL_TOKENS // self.size) * self.size, 0
+        while len(rows := (whole > start).nonzero()[:, 0]):
+            end = min(start + chunk, int(whole[rows].min()))
+            position = torch.arange(start, end, device=self.device).expand(len(rows), -1)
+            self._commit(rows, position, torch.ones_like(position, dtype=torch.bool))
+            start = end
 
     def next_block(self) -> list[list[int]]:
         """Write the block in which each row's text ends; rows that are complete are left out."""

@@ -17,7 +17,7 @@ from megatext.nn.layout import Layout
 from megatext.nn.text_vae import TextVAE
 from megatext.recipes import cola_format
 from megatext.recipes.denoiser import TextDiTTraining, make_denoiser
-from megatext.recipes.pretrained import load_text_vae, read_description, weights_hash
+from megatext.recipes.pretrained import check_vocabulary, load_text_vae, read_description, weights_hash
 from megatext.recipes.text_dit import TextDiTRecipeConfig
 from megatext.tokenizer import Tokenizer, load_tokenizer
 
@@ -40,8 +40,8 @@ class TextGenerator:
         """Load an exported model, or a release in Cola DLM's format. Raises ConfigError if the directory is neither, or
         its VAE is another."""
         if cola_format.is_cola_directory(directory):
-            vae = cola_format.read_vae(directory)
-            network, flow = cola_format.read_dit(directory)
+            vae, network, flow = cola_format.read(directory)
+            check_vocabulary(vae, load_tokenizer(directory), directory)
             module = TextDiTTraining(network, flow, path_from_name(flow.path), None)
             return TextGenerator._on(module, vae, load_tokenizer(directory), device, dtype)
         description = read_description(directory, "text_dit")

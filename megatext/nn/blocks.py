@@ -55,6 +55,11 @@ class TrunkConfig:
     activation_checkpointing: int = 0
     """Recompute every n-th block in the backward pass; 0 keeps all activations."""
 
+    @property
+    def rope_channels(self) -> int:
+        """How many channels of a head are rotated; even."""
+        return 2 * round(self.rope_fraction * self.width / self.heads / 2)
+
 
 def make_norm(config: TrunkConfig, width: int, affine: bool) -> nn.Module:
     if config.norm == "rms":
@@ -195,8 +200,7 @@ class Trunk(nn.Module):
             raise ConfigError(f"trunk.width {config.width} must be an even multiple of trunk.heads {config.heads}")
         if config.norm_placement == "cola" and conditioned:
             raise ConfigError("trunk.norm_placement cola has no place for the timestep: it is for autoencoders")
-        self.rope_channels = 2 * round(config.rope_fraction * config.width / config.heads / 2)
-        if not 0 < self.rope_channels <= config.width // config.heads:
+        if not 0 < config.rope_channels <= config.width // config.heads:
             raise ConfigError(
                 f"trunk.rope_fraction {config.rope_fraction}: must be in (0, 1] and leave a pair to rotate"
             )
@@ -217,7 +221,7 @@ class Trunk(nn.Module):
         what every block's `modulate` gave, and the index `[rows, tokens]` into it. `past` holds, a block, those of
         tokens that stand before the row's own: a KV cache, or the clean copy in training. With `only_keys_values` the
         last block stops there and the output means nothing."""
-        rope = rope_tables(position, self.rope_channels, self.config.rope_theta)
+        rope = rope_tables(position, self.config.rope_channels, self.config.rope_theta)
         every = self.config.activation_checkpointing
         kept = []
         for i, block in enumerate(self.blocks):

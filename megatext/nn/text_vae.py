@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from megatext.config import ConfigError
 from megatext.nn.attention import KeysValues, Mask, make_mask
 from megatext.nn.blocks import Trunk, TrunkConfig, make_norm
 from megatext.nn.layout import Layout
@@ -54,6 +55,8 @@ class TextVAE(nn.Module):
 
     def __init__(self, config: TextVAEConfig, vocab_size: int) -> None:
         super().__init__()
+        if config.attention == "block_causal" and config.block_tokens < 1:
+            raise ConfigError("vae.network.attention block_causal needs vae.network.block_tokens of at least 1")
         self.config, self.vocab_size = config, vocab_size
         channels = config.latent_channels
         self.embedding = nn.Embedding(vocab_size + config.mask_token, config.encoder.width)
@@ -115,6 +118,11 @@ class TextVAE(nn.Module):
         and values are `past`; also returns their own."""
         hidden, kept = self.decoder(self.latent_in(latents.to(self.latent_in.weight.dtype)), position, mask, past=past)
         return (hidden if self.output_projection is None else self.output_projection(hidden)), kept
+
+    @staticmethod
+    def sample(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
+        """A latent of the posterior for standard normal `noise`."""
+        return mean + (0.5 * log_variance).exp() * noise
 
     def standardise(self, latents: Tensor) -> Tensor:
         return (latents - self.latent_mean) / self.latent_std

@@ -111,9 +111,9 @@ class ColaDLMTraining(nn.Module):
             return self.denoiser(**streams.inputs(tokens, latents), self_condition=self_condition)
         assert layout is not None and posterior_noise is not None
         mean, log_variance, _ = self.vae.encode(tokens, layout)
-        sample = mean + (0.5 * log_variance).exp() * posterior_noise
+        sample = self.vae.sample(mean, log_variance, posterior_noise)
         logits = self.vae.decode(sample, layout)
-        latents = self.vae.standardise(mean if self.denoiser.flow.posterior == "mean" else sample)
+        latents = self.flow_data(self.vae, mean, sample)
         output: Output = self.denoiser(**streams.inputs(tokens, latents), self_condition=self_condition)
         real = layout.real
         output.loss_sums |= {
@@ -130,6 +130,10 @@ class ColaDLMTraining(nn.Module):
         output.metrics |= latent_health(mean.detach(), real)
         return output
 
+    def flow_data(self, vae: TextVAE, mean: Tensor, sample: Tensor) -> Tensor:
+        """What the flow is trained on, standardised: the posterior's mean or a sample of it."""
+        return vae.standardise(mean if self.denoiser.flow.posterior == "mean" else sample)
+
 
 class ColaDLMRecipe(Recipe):
     """Prepares rows for Cola DLM: blocks, timesteps, noise, hidden tokens, the reference's posterior, all keyed by the
@@ -144,7 +148,8 @@ class ColaDLMRecipe(Recipe):
         self.built_on = {"cola.vae": weights_hash(self.vae_directory)}
         self.module = make_module(config.cola, self.reference)
         initialise(
-            self.module, lambda name, p: torch.randn(p.shape, generator=rng.generator(self.seed, f"init/{name}"))
+            self.module.denoiser,
+            lambda name, p: torch.randn(p.shape, generator=rng.generator(self.seed, f"init/{name}")),
         )
         if self.module.vae is not None:
             self.module.vae.load_state_dict(self.reference.state_dict())
@@ -165,7 +170,7 @@ class ColaDLMRecipe(Recipe):
     def prepare(self, batch: TokenBatch, *, step: int, purpose: str = "train") -> Prepared:
         draw, c = RowDraws(self.seed, purpose, batch.row_index), self.config
         channels = self.reference.config.latent_channels
-        streams = two_streams(c.flow, batch, draw, channels)
+        streams = two_streams(c.flow, batch, draw, self.reference.config)
         # one coin a step: all ranks run the same number of forward passes. Validation is always the same.
         coin = rng.uniform(self.seed, "self_condition", [step])[0] if purpose == "train" else 0.0
         inputs: dict[str, Any] = {
@@ -178,8 +183,8 @@ class ColaDLMRecipe(Recipe):
         posterior_noise = draw.normal("posterior", (batch.tokens.shape[1], channels), batch.tokens.device)
         if not c.train_vae:
             mean, log_variance, _ = self.reference.encode(batch.tokens, layout)
-            sample = mean + (0.5 * log_variance).exp() * posterior_noise
-            inputs["latents"] = self.reference.standardise(mean if c.flow.posterior == "mean" else sample)
+            sample = self.reference.sample(mean, log_variance, posterior_noise)
+            inputs["latents"] = self.module.flow_data(self.reference, mean, sample)
             return Prepared(inputs, counts)
         inputs |= {"layout": layout, "posterior_noise": posterior_noise}
         real = layout.real.sum().double()
@@ -195,19 +200,21 @@ class ColaDLMRecipe(Recipe):
     @torch.no_grad()
     def finish(self, batches: list[TokenBatch]) -> dict[str, float]:
         """The flow's bar in every timestep bin (`best_without_input`), and how much of clean text is reconstructed."""
-        vae, channels = self._present_vae, self.reference.config.latent_channels
-        prepared, correct, total = [], 0, 0
+        vae, prepared, latents, correct = self._present_vae, [], [], 0
         for batch in batches:
-            streams = self.prepare(batch, step=0, purpose="validation").inputs["streams"]
-            nothing = torch.zeros(*batch.tokens.shape, channels, device=batch.tokens.device)
-            prepared.append(streams.inputs(batch.tokens, nothing))
-            layout = vae.layout(batch.segment, batch.position)
-            written = vae.decode(vae.encode(batch.tokens, layout)[0], layout).argmax(dim=-1)
-            correct += int(((written == batch.tokens) & layout.real).sum())
-            total += int(layout.real.sum())
+            inputs = self.prepare(batch, step=0, purpose="validation").inputs
+            layout, real = vae.layout(batch.segment, batch.position), batch.segment >= 0
+            mean, log_variance, _ = vae.encode(batch.tokens, layout)
+            found = inputs.get("latents")
+            if found is None:
+                found = self.module.flow_data(vae, mean, vae.sample(mean, log_variance, inputs["posterior_noise"]))
+            prepared.append(inputs["streams"].inputs(batch.tokens, found))
+            latents.append(found[real])
+            correct += int(((vae.decode(mean, layout).argmax(dim=-1) == batch.tokens) & real).sum())
+        variance = torch.cat(latents).var(dim=0).mean().item()
         tokens = torch.cat([batch.tokens[batch.segment >= 0] for batch in batches])
-        bars = best_without_input(self.module.denoiser, prepared, tokens, vae.vocab_size)
-        return {"accuracy": correct / total, **bars}
+        bars = best_without_input(self.module.denoiser, prepared, tokens, vae.vocab_size, variance)
+        return {"accuracy": correct / len(tokens), "latent_variance": variance, **bars}
 
     @property
     def _present_vae(self) -> TextVAE:
@@ -234,13 +241,13 @@ def make_module(config: ColaDLMRecipeConfig, vae: TextVAE) -> ColaDLMTraining:
     """The module of the recipe on a VAE like `vae`. Raises ConfigError where the options do not fit together."""
     if not config.flow.block_tokens:
         raise ConfigError("cola.flow.block_tokens must be at least 1: Cola DLM writes in blocks")
-    if not config.train_vae:
-        return ColaDLMTraining(make_denoiser(config.network, config.flow, vae), None)
     if config.flow.objective == "token_cross_entropy":
         raise ConfigError(
-            "cola.flow.objective token_cross_entropy is for the latents of a VAE that stays as it is; set "
-            "cola.train_vae: false, or objective velocity or x0"
+            "cola.flow.objective token_cross_entropy is for the latents of a VAE that stays as it is: train it with "
+            "launch/pretrain_dit.py, or set objective velocity or x0"
         )
+    if not config.train_vae:
+        return ColaDLMTraining(make_denoiser(config.network, config.flow, vae), None)
     if config.mask_weight > 0 and not vae.config.mask_token:
         raise ConfigError("cola.mask_weight > 0 needs a TextVAE with network.mask_token: true; or set it to 0")
     return ColaDLMTraining(make_denoiser(config.network, config.flow, vae), TextVAE(vae.config, vae.vocab_size))

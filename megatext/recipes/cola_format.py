@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from megatext.flow.timesteps import TimestepConfig
 from megatext.nn.blocks import TrunkConfig
 from megatext.nn.dit import TextDiT, TextDiTConfig
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
-from megatext.recipes.denoiser import FlowConfig
+from megatext.recipes.denoiser import FlowConfig, check_block_sizes
 
 DIT, VAE, TOKENIZER = "cola_dit", "cola_vae", "tokenizer.json"
 
@@ -111,7 +112,7 @@ def read_vae(directory: str | Path) -> TextVAE:
 
 
 def _read_vae(directory: str | Path) -> TextVAE:
-    official, theirs = _read(Path(directory) / VAE)
+    official, theirs = _read_config(Path(directory) / VAE), _read_weights(Path(directory) / VAE)
     config = vae_config(official)
     weights = {ours: theirs[name] for ours, name in _names_of_vae(config) if name in theirs}
     _swap_halves(weights, "mlp.up.")  # theirs are (value, gate), ours (gate, value)
@@ -130,7 +131,7 @@ def _read_vae(directory: str | Path) -> TextVAE:
 
 def read_vae_config(directory: str | Path) -> TextVAEConfig:
     """The architecture of a directory's VAE. Raises ConfigError."""
-    return vae_config(_read(Path(directory) / VAE)[0])
+    return vae_config(_read_config(Path(directory) / VAE))
 
 
 def read_dit(directory: str | Path) -> tuple[TextDiT, FlowConfig]:
@@ -140,7 +141,7 @@ def read_dit(directory: str | Path) -> tuple[TextDiT, FlowConfig]:
 
 
 def _read_dit(directory: str | Path) -> tuple[TextDiT, FlowConfig]:
-    official, theirs = _read(Path(directory) / DIT)
+    official, theirs = _read_config(Path(directory) / DIT), _read_weights(Path(directory) / DIT)
     config, flow = dit_config(official)
     weights = {ours: theirs[name] for ours, name in _names_of_dit(config) if name in theirs}
     _swap_halves(weights, "timestep.mlp.0.weight", dim=1)  # theirs are (sine, cosine)
@@ -155,8 +156,20 @@ def _read_dit(directory: str | Path) -> tuple[TextDiT, FlowConfig]:
     return network.eval().requires_grad_(False), flow
 
 
+def read(directory: str | Path) -> tuple[TextVAE, TextDiT, FlowConfig]:
+    """Both networks of a directory, on the CPU, and the process. Raises ConfigError, also where they do not fit."""
+    vae, (network, flow) = read_vae(directory), read_dit(directory)
+    if vae.config.latent_channels != network.latent_channels:
+        of_vae, of_dit = vae.config.latent_channels, network.latent_channels
+        raise ConfigError(f"{directory}: {VAE} has {of_vae} latent channels, {DIT} {of_dit}")
+    check_block_sizes(flow, vae.config)
+    return vae, network, flow
+
+
 def write(vae: TextVAE, network: TextDiT, flow: FlowConfig, output: str | Path) -> None:
-    """Write both networks in fp32. Raises ConfigError, naming the fields, for what the format has no words for."""
+    """Write both networks in fp32. Raises ConfigError, naming the fields, for what the format has no words for. What
+    only training knows, the distribution of timesteps and other sizes of blocks, is not in it: grids by quantile are
+    read back as those of the release."""
     of_vae, of_dit = _official_vae_config(vae), _official_dit_config(network, flow)
     _check_same("vae.network", vae.config, vae_config(of_vae))
     _check_same("network", network.config, dit_config(of_dit)[0])
@@ -321,7 +334,7 @@ def _official_dit_config(network: TextDiT, flow: FlowConfig) -> dict[str, Any]:
         "norm_eps": trunk.norm_eps,
         "qk_bias": False,
         "patch_size": 1,
-        "rope_dim": network.trunk.rope_channels,
+        "rope_dim": trunk.rope_channels,
         "block_size": flow.block_tokens,
     }
 
@@ -354,7 +367,7 @@ def _swap_halves(weights: Weights, name: str, dim: int = 0) -> None:
 def _reorder_rotated(weights: Weights, trunk: TrunkConfig, *, theirs_to_ours: bool) -> None:
     """In place: a head's channels of queries, keys and the norms on them, pairs side by side or half a head apart."""
     head = trunk.width // trunk.heads
-    rotated = 2 * round(trunk.rope_fraction * head / 2)
+    rotated = trunk.rope_channels
     order = torch.tensor([*range(0, rotated, 2), *range(1, rotated, 2), *range(rotated, head)])
     order = order if theirs_to_ours else order.argsort()
     for i in range(trunk.layers):
@@ -384,13 +397,27 @@ def _check_same(where: str, ours: Any, read_back: Any) -> None:
             raise ConfigError(f"Cola DLM's format needs {where}.{field.name} {b!r}, it is {a!r}")
 
 
-def _read(directory: Path) -> tuple[dict[str, Any], Weights]:
-    """config.json over the release's defaults, and the tensors, whole or in several files, as float32."""
-    path, files = directory / "config.json", sorted(directory.glob("*.safetensors"))
-    if not path.is_file() or not files:
-        raise ConfigError(f"{directory}: a config.json and *.safetensors are needed there (Cola DLM's format)")
-    weights = {name: value.float() for file in files for name, value in load_file(file).items()}
-    return _DEFAULTS[directory.name] | json.loads(path.read_text()), weights
+def _read_config(directory: Path) -> dict[str, Any]:
+    """config.json over the release's defaults. Raises ConfigError."""
+    path = directory / "config.json"
+    try:
+        return _DEFAULTS[directory.name] | json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not the config.json of a model in Cola DLM's format ({error})") from None
+
+
+def _read_weights(directory: Path) -> Weights:
+    """The tensors, whole or in several files, as float32. Raises ConfigError."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"{directory}: holds no *.safetensors")
+    found: Weights = {}
+    for file in files:
+        try:
+            found |= {name: value.float() for name, value in load_file(file).items()}
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{file}: cannot be read ({error}); is it whole?") from None
+    return found
 
 
 @contextmanager

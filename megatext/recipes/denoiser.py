@@ -17,7 +17,7 @@ from megatext.flow.timesteps import TimestepConfig
 from megatext.nn.attention import Mask, make_mask
 from megatext.nn.dit import TextDiT, TextDiTConfig
 from megatext.nn.layout import CONTEXT, TARGET, Layout
-from megatext.nn.text_vae import TextVAE
+from megatext.nn.text_vae import TextVAE, TextVAEConfig
 from megatext.recipes.base import Output
 from megatext.recipes.draws import RowDraws
 
@@ -185,14 +185,7 @@ def make_denoiser(network: TextDiTConfig, flow: FlowConfig, vae: TextVAE) -> Tex
             "flow.block_tokens needs a VAE with a token-local or (block-)causal encoder: the latents "
             "of a bidirectional one tell the history what comes after it"
         )
-    sizes, of_vae = {flow.block_tokens, *flow.training_block_tokens}, vae.config.block_tokens
-    if flow.training_block_tokens and not (flow.block_tokens and min(sizes) > 0):
-        raise ConfigError("flow.training_block_tokens needs flow.block_tokens, and sizes of at least 1")
-    if flow.block_tokens and vae.config.attention == "block_causal" and any(size % of_vae for size in sizes):
-        raise ConfigError(
-            f"flow.block_tokens and flow.training_block_tokens must be multiples of the VAE's block_tokens ({of_vae}): "
-            "a latent tells of its whole block"
-        )
+    check_block_sizes(flow, vae.config)
     if network.token_embedding and not flow.block_tokens:
         raise ConfigError("network.token_embedding is for the clean history of flow.block_tokens > 0")
     if flow.token_likelihood and not tokens_out:
@@ -202,6 +195,18 @@ def make_denoiser(network: TextDiTConfig, flow: FlowConfig, vae: TextVAE) -> Tex
     table = vae.token_table() if tokens_out else None
     dit = TextDiT(network, vae.config.latent_channels, vae.vocab_size)
     return TextDiTTraining(dit, flow, path_from_name(flow.path), table)
+
+
+def check_block_sizes(flow: FlowConfig, vae: TextVAEConfig) -> None:
+    """Raise ConfigError where the blocks of a process cannot be those of latents from a `vae`."""
+    sizes = {flow.block_tokens, *flow.training_block_tokens}
+    if flow.training_block_tokens and not (flow.block_tokens and min(sizes) > 0):
+        raise ConfigError("flow.training_block_tokens needs flow.block_tokens, and sizes of at least 1")
+    if flow.block_tokens and vae.attention == "block_causal" and any(size % vae.block_tokens for size in sizes):
+        raise ConfigError(
+            "flow.block_tokens and flow.training_block_tokens must be multiples of the VAE's block_tokens "
+            f"({vae.block_tokens}): a latent tells of its whole block"
+        )
 
 
 def stored_weights(state_dict: dict[str, Tensor], prefix: str, network: TextDiTConfig) -> dict[str, Tensor]:
@@ -262,11 +267,12 @@ class TwoStreams:
         )
 
     def inputs(self, tokens: Tensor, latents: Tensor) -> dict[str, Any]:
-        """What `TextDiTTraining.forward` takes, of tokens and latents `[rows, columns, ...]`. History, what comes
-        before a block, has no gradient into the latents."""
-        copies = self.noisy.segment.shape[1] // self.clean.segment.shape[1]
+        """What `TextDiTTraining.forward` takes, of tokens and latents `[rows, columns, ...]`. What is given clean,
+        history and the first tokens of some blocks, has no gradient into the latents."""
+        copies, given = self.noisy.segment.shape[1] // self.clean.segment.shape[1], self.timestep_index == 0
+        noisy = latents.repeat(1, copies, 1)
         return {
-            "latents": latents.repeat(1, copies, 1),
+            "latents": torch.where(given[..., None], noisy.detach(), noisy),
             "noise": self.noise,
             "tokens": tokens.repeat(1, copies),
             "timesteps": self.timesteps,
@@ -279,9 +285,9 @@ class TwoStreams:
         }
 
 
-def two_streams(flow: FlowConfig, batch: TokenBatch, draw: RowDraws, channels: int) -> TwoStreams:
-    """Blocks, timesteps, noise and who sees whom (Cola DLM Eq. 2.2.3; block diffusion, arXiv 2503.09573). Where
-    `flow.training_block_tokens` has several sizes a segment draws one, but in validation."""
+def two_streams(flow: FlowConfig, batch: TokenBatch, draw: RowDraws, vae: TextVAEConfig) -> TwoStreams:
+    """Blocks, timesteps, noise and who sees whom (Cola DLM Eq. 2.2.3; block diffusion, arXiv 2503.09573) for the
+    latents of a `vae`. Where `flow.training_block_tokens` has several sizes a segment draws one, but in validation."""
     columns, copies = batch.tokens.shape[1], flow.noise_copies
     sizes = flow.training_block_tokens if draw.purpose == "train" else ()
     size: Tensor | int = flow.block_tokens
@@ -308,6 +314,8 @@ def two_streams(flow: FlowConfig, batch: TokenBatch, draw: RowDraws, channels: i
         index.append(copy * groups + group)
         partial = draw.per_group(f"partial/{copy}", blocks, number)
         length = (partial / max(flow.partial_block_probability, 1e-9) * size).long()
+        if vae.attention == "block_causal":  # a latent tells of its whole block
+            length = length // vae.block_tokens * vae.block_tokens
         given = (partial < flow.partial_block_probability) & (batch.position % size < length)
         known.append(given)
         clean_left = (batch.position > 0) & torch.where(first, ~dropped, given.roll(1, dims=1))
@@ -319,7 +327,7 @@ def two_streams(flow: FlowConfig, batch: TokenBatch, draw: RowDraws, channels: i
         clean_mask=make_mask("two_stream", clean),
         noisy=layout,
         noisy_mask=make_mask("two_stream", layout, Layout.concatenate([clean, layout])),
-        noise=draw.normal("noise", (copies * columns, channels), batch.tokens.device),
+        noise=draw.normal("noise", (copies * columns, vae.latent_channels), batch.tokens.device),
         timesteps=timesteps,
         timestep_index=timestep_index.masked_fill(pinned, 0),
         loss_mask=layout.real & ~pinned,
@@ -328,11 +336,16 @@ def two_streams(flow: FlowConfig, batch: TokenBatch, draw: RowDraws, channels: i
 
 
 def best_without_input(
-    module: TextDiTTraining, prepared: list[dict[str, Any]], tokens: Tensor, vocab_size: int
+    module: TextDiTTraining,
+    prepared: list[dict[str, Any]],
+    tokens: Tensor,
+    vocab_size: int,
+    latent_variance: float = 1.0,
 ) -> dict[str, float]:
     """What `loss_t*` has to stay below, in each timestep bin of validation rows prepared for `module`.
 
-    `constant_t*`: the best prediction that is always the same; for token cross-entropy it is the unigrams of `tokens`.
+    `constant_t*`: the best prediction that is always the same, for latents of this variance a channel; for token
+    cross-entropy it is the unigrams of `tokens`.
     `no_context_t*`: where the recipe adds the noisy latent's likelihood to the logits, unigrams with that likelihood,
     the best that can be known of a token from its own latent alone. What lies below it is context.
     """
@@ -345,7 +358,7 @@ def best_without_input(
         if module.flow.objective == "token_cross_entropy":
             errors = [-unigrams[ids]]
         else:
-            errors = [objectives.constant_predictor_error(module.path, t, module.flow.objective)]
+            errors = [objectives.constant_predictor_error(module.path, t, module.flow.objective, latent_variance)]
         if module.flow.token_likelihood:
             errors.append(module.no_context_loss(unigrams, inputs["latents"], inputs["noise"], ids, t))
         for name, error in zip(names, errors, strict=True):

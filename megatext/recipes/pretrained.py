@@ -12,7 +12,7 @@ from torch import Tensor
 from megatext.config import ConfigError, from_dict, to_dict
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
 from megatext.recipes import cola_format
-from megatext.tokenizer import load_tokenizer
+from megatext.tokenizer import Tokenizer, load_tokenizer
 
 
 def weights_hash(directory: str | Path) -> str:
@@ -100,12 +100,22 @@ def text_vae_config(directory: str | Path) -> TextVAEConfig:
     return from_dict(TextVAEConfig, described, where=f"{directory}/config.json")
 
 
+def check_vocabulary(vae: TextVAE, tokenizer: Tokenizer, directory: str | Path) -> None:
+    """Raise ConfigError where a tokenizer gives ids that a VAE has no embedding for."""
+    if tokenizer.vocab_size > vae.vocab_size:
+        raise ConfigError(f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the VAE {vae.vocab_size}")
+
+
 def load_text_vae(directory: str | Path) -> tuple[TextVAE, str]:
     """A TextVAE, exported or in Cola DLM's format (CPU, float32, frozen, evaluation mode), and the fingerprint of its
     tokenizer."""
     if cola_format.is_cola_directory(directory):
-        return cola_format.read_vae(directory), load_tokenizer(directory).fingerprint()
+        vae, tokenizer = cola_format.read_vae(directory), load_tokenizer(directory)
+        check_vocabulary(vae, tokenizer, directory)
+        return vae, tokenizer.fingerprint()
     description = read_description(directory, "text_vae")
-    vae = TextVAE(text_vae_config(directory), load_tokenizer(directory).vocab_size)
-    vae.load_state_dict(load_file(Path(directory) / "model.safetensors"))
+    weights = load_file(Path(directory) / "model.safetensors")
+    # a network may know more ids than its tokenizer gives
+    vae = TextVAE(text_vae_config(directory), len(weights["unembedding.weight"]))
+    vae.load_state_dict(weights)
     return vae.eval().requires_grad_(False), description["tokenizer_fingerprint"]

@@ -99,10 +99,11 @@ class TextDiTRecipe(Recipe):
 
     def _two_streams(self, batch: TokenBatch, draw: RowDraws) -> dict[str, Any]:
         """One clean copy of the row and `noise_copies` noisy ones, block by block."""
-        streams = two_streams(self.flow, batch, draw, self.vae.config.latent_channels)
+        streams = two_streams(self.flow, batch, draw, self.vae.config)
         mean, log_variance, _ = self.vae.encode(batch.tokens, self.vae.layout(batch.segment, batch.position))
         if self.flow.posterior == "sample":
-            mean = mean + (0.5 * log_variance).exp() * draw.normal("posterior", tuple(mean.shape[1:]), mean.device)
+            noise = draw.normal("posterior", tuple(mean.shape[1:]), mean.device)
+            mean = self.vae.sample(mean, log_variance, noise)
         return streams.inputs(batch.tokens, self.vae.standardise(mean))
 
     def _context_and_target(self, batch: TokenBatch, draw: RowDraws) -> dict[str, Any]:
@@ -119,7 +120,7 @@ class TextDiTRecipe(Recipe):
         mean, log_variance, _ = self.vae.encode(batch.tokens, layout.separated())
         posterior = draw.normal("posterior", tuple(mean.shape[1:]), mean.device)
         # The flow's goal is a posterior sample, the condition the mean (papers leave it open).
-        sample = mean + (0.5 * log_variance).exp() * posterior
+        sample = self.vae.sample(mean, log_variance, posterior)
         is_target = role == TARGET
         latents = self.vae.standardise(torch.where(is_target[..., None], sample, mean))
         dropped = (

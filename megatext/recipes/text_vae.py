@@ -93,7 +93,7 @@ class TextVAETraining(nn.Module):
         `teacher` standardised states `[rows, columns, teacher width]` and where they are valid; `hidden` the tokens of
         the masking loss."""
         mean, log_variance, features = self.network.encode(tokens, layout)
-        latents = mean + (0.5 * log_variance).exp() * posterior_noise
+        latents = self.network.sample(mean, log_variance, posterior_noise)
         level = noise_level[..., None]
         logits = self.network.decode((1 - level) * latents + level * decoder_noise, layout)
         cross_entropy = objectives.token_losses(logits, tokens)
@@ -136,6 +136,8 @@ class HiddenTokens:
         waits for the device to count."""
         columns = real.shape[1]
         u = draw.per_group("mask", columns, torch.arange(columns, device=real.device).expand_as(real))
+        if not 0 < probability < 1:
+            raise ConfigError(f"mask_probability must lie between 0 and 1, got {probability}")
         n = max(1, round(probability * columns))
         at = u.masked_fill(~real, 2.0).argsort(dim=1)[:, :n]
         wanted = (probability * real.sum(dim=1)).round().clamp(max=n)
@@ -146,7 +148,7 @@ class HiddenTokens:
         wanted = tokens.gather(1, self.at)
         shown = tokens.scatter(1, self.at, torch.where(self.counted, vae.vocab_size, wanted))
         mean, log_variance, _ = vae.encode(shown, layout)
-        logits = vae.decode(mean + (0.5 * log_variance).exp() * posterior_noise, layout, self.at)
+        logits = vae.decode(vae.sample(mean, log_variance, posterior_noise), layout, self.at)
         return (objectives.token_losses(logits, wanted) * self.counted).sum()
 
 

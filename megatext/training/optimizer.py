@@ -87,7 +87,8 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, *, muon_dtype: t
         if not any(groups[kind, part] for kind in kinds):
             names = sorted({name.split(".")[0] for name, _ in module.named_parameters()})
             raise ConfigError(
-                f"optimizer.learning_rate_scales: nothing begins with {part}; there are {', '.join(names)}"
+                f"optimizer.learning_rate_scales: nothing that is trained begins with {part}; there are "
+                f"{', '.join(names)}; leave the entry out"
             )
     return MuonAdamW(
         [

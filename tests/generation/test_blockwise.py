@@ -118,11 +118,14 @@ def test_the_ways_differ(generator: TextGenerator) -> None:
     assert write(generator, REQUESTS[:2], replace(SAMPLING, block_tokens=4)) == texts[0]
 
 
-def test_prompts_are_read_without_padding(generator: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chunk", [4, blockwise.PREFILL_TOKENS])
+def test_prompts_are_read_without_padding(
+    chunk: int, generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No column of a shorter prompt is computed, and chunks do not change the text."""
     requests = [Request([5 + i % 20 for i in range(n)], 3, n) for n in (26, 9, 3, 16)]
     whole = write(generator, requests, SAMPLING)
-    monkeypatch.setattr(blockwise, "PREFILL_TOKENS", 4)
+    monkeypatch.setattr(blockwise, "PREFILL_TOKENS", chunk)
     read: list[int] = []
     handle = generator.module.network.register_forward_hook(
         lambda module, args, kwargs, output: read.append(args[0].shape[0] * args[0].shape[1] * (not kwargs["predict"])),

@@ -13,6 +13,7 @@ from megatext.nn.text_vae import TextVAE
 from megatext.recipes.cola_dlm import PretrainColaConfig
 from megatext.recipes.text_dit import PretrainDiTConfig
 from megatext.recipes.text_vae import PretrainVAEConfig
+from megatext.training.engine import accumulation_steps
 
 PRESETS = Path(__file__).parents[2] / "launch" / "configs" / "textldm"
 
@@ -51,6 +52,8 @@ def test_cola_dlm() -> None:
     for name, (kind, section) in SIZES_OF_COLA.items():
         config = from_dict(kind, given[name], where=name)
         assert config.run_dir == f"runs/cola/{name}"
+        for ranks in (1,) if "1gpu" in name else (1, 8, 64):  # as launch/slurm/cola.sh starts them
+            assert accumulation_steps(config, ranks) >= 1
         if section == "cola":
             assert config.cola.vae == f"runs/cola/models/vae_{'500m' if '1800m' in name else '1gpu'}"
 

@@ -3,8 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from megatext import rng
+from megatext.config import from_dict
+from megatext.nn.blocks import initialise
+from megatext.nn.text_vae import TextVAE, TextVAEConfig
+from megatext.recipes.pretrained import write_vae
+from megatext.tokenizer import load_tokenizer
 from tests.processes import run_all
 
 TRUNK = {"layers": 2, "width": 32, "heads": 2, "activation_checkpointing": 1}
@@ -60,8 +67,20 @@ KINDS = {
 }
 
 
+def write_cola_vae(directory: Path, shards: Path) -> None:
+    """An untrained VAE for cola: causal encoder and decoder, and what else the release's has."""
+    trunk = {**TRUNK, "norm_placement": "cola", "qk_norm_kind": "layer_all_heads", "mlp": "swiglu", "mlp_bias": True}
+    network = {"latent_channels": 8, "attention": "causal", "encoder": {**trunk, "final_norm": False}, "decoder": trunk}
+    network |= {"standardised": False, "mask_token": True, "output_projection": True, "unembedding_bias": True}
+    config = from_dict(TextVAEConfig, network, where="test")
+    vae = TextVAE(config, load_tokenizer(shards / "tokenizer").vocab_size)
+    initialise(vae, lambda name, p: torch.randn(p.shape, generator=rng.generator(0, name)))
+    write_vae(directory, config, vae.state_dict(), tokenizer=shards / "tokenizer")
+
+
 def on_vae(name: str, vae: str) -> tuple[str, dict[str, Any]]:
-    """Launcher and own part of the configuration of a system, on a VAE where it stands on one."""
+    """Launcher and own part of the configuration of a system, on a VAE where it stands on one (cola on `vae`_cola)."""
+    vae += "_cola" * (name == "cola")
     launcher, own = SYSTEMS[name]
     return launcher, {key: {**value, "vae": vae} if key in ("dit", "cola") else value for key, value in own.items()}
 

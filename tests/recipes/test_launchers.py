@@ -23,7 +23,7 @@ from megatext.recipes import build_recipe, config_class
 from megatext.recipes.pretrained import load_text_vae
 from megatext.training import checkpoint
 from tests.processes import REPOSITORY, run_ranks
-from tests.recipes.systems import KINDS, SYSTEMS, pretrain
+from tests.recipes.systems import KINDS, SYSTEMS, pretrain, write_cola_vae
 from tests.training.toy import records
 
 FILES = sorted(path.stem for path in (REPOSITORY / "ds_configs").glob("*.json"))
@@ -36,6 +36,7 @@ def alone(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     base = {"data": {"shards": str(shards), "row_tokens": 32, "max_tokens": 32}, "vae": str(directory / "model")}
     pretrain(["lm", "vae"], 1, directory, base)
     export(directory / "vae", directory / "model")
+    write_cola_vae(directory / "model_cola", shards)
     pretrain(["blocks", "one_shot", "cola"], 1, directory, base)
     return directory, base
 

@@ -7,7 +7,7 @@ import pytest
 
 from megatext.export import export
 from tests.processes import run_all
-from tests.recipes.systems import SYSTEMS, command, pretrain
+from tests.recipes.systems import SYSTEMS, command, pretrain, write_cola_vae
 from tests.training.comparison import assert_same_run, losses
 from tests.training.toy import records
 
@@ -18,6 +18,7 @@ def base(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     base = {"data": {"shards": str(shards), "row_tokens": 32, "max_tokens": 32}, "vae": str(directory / "model")}
     pretrain(["vae"], 1, directory, base)
     export(directory / "vae", directory / "model")
+    write_cola_vae(directory / "model_cola", shards)
     return base
 
 

@@ -75,7 +75,7 @@ def test_learning_rates_of_parts() -> None:
     rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
     expected = {"dit.blocks.weight": 0.15, "dit.blocks.bias": 0.05, "vae.blocks.weight": 0.075, "vae.blocks.bias": 0.0}
     assert rates == pytest.approx(expected)
-    with pytest.raises(ConfigError, match="nothing begins with vea; there are dit, vae"):
+    with pytest.raises(ConfigError, match="nothing that is trained begins with vea; there are dit, vae;"):
         build_optimizer(module, OptimizerConfig(learning_rate_scales={"vea": 0.5}), muon_dtype=torch.float32)
     with pytest.raises(ConfigError, match="must not be negative"):
         OptimizerConfig(learning_rate_scales={"vae": -0.5})
