@@ -178,6 +178,37 @@ def test_block_sizes_are_drawn_a_segment() -> None:
         make_recipe(replace(CONFIG, flow=flow), replace(VAE, attention="block_causal", block_tokens=2))
 
 
+def test_given_tokens_end_where_a_latent_tells_of_nothing_after_them() -> None:
+    """Where the VAE looks ahead in blocks of 2, a half given one would tell of its other half."""
+    flow = replace(FLOW, partial_block_probability=1.0)
+    lengths = {}
+    for name, vae in (("causal", VAE), ("blocks", replace(VAE, attention="block_causal", block_tokens=2))):
+        streams = make_recipe(replace(CONFIG, flow=flow), vae).prepare(make_batch(rows=50), step=0).inputs["streams"]
+        given = (streams.timestep_index == 0) & streams.noisy.real
+        starts = (streams.noisy.position % 4 == 0) & streams.noisy.real
+        starts[:, -6:] = False  # the last block of a segment may be short
+        rows, columns = starts.nonzero(as_tuple=True)
+        lengths[name] = {int(given[r, c : c + 4].sum()) for r, c in zip(rows, columns, strict=True)}
+    assert lengths == {"causal": {0, 1, 2, 3}, "blocks": {0, 2}}
+
+
+def test_the_bar_is_the_best_constant() -> None:
+    """`constant_t*` of finish: no velocity that is the same for all tokens does better on the rows."""
+    recipe, batch = make_recipe(), make_batch(rows=200)
+    prepared = recipe.prepare(batch, step=0, purpose="validation").inputs
+    streams, vae = prepared["streams"], recipe.module.vae
+    assert vae is not None
+    vae.latent_std.fill_(0.5)  # far from variance 1
+    report = recipe.finish([batch])
+    mean, log_variance, _ = vae.encode(batch.tokens, vae.layout(batch.segment, batch.position))
+    z = (mean + (0.5 * log_variance).exp() * prepared["posterior_noise"] - 0.2) / 0.5
+    velocity = (streams.noise - z)[streams.loss_mask]
+    best = velocity.var(dim=0).mean().item()
+    bars = [value for name, value in report.items() if name.startswith("constant_t")]
+    assert len(bars) > 5 and bars == pytest.approx([best] * len(bars), rel=0.03)
+    assert best > 3 and 0 <= report["accuracy"] <= 1
+
+
 @pytest.mark.parametrize("per", ["block", "segment"])
 def test_what_has_a_timestep_of_its_own(per: str) -> None:
     flow = replace(FLOW, timestep_per=per, partial_block_probability=0.0)  # type: ignore[arg-type]
@@ -224,8 +255,14 @@ def test_rows_do_not_depend_on_the_batch_they_come_in() -> None:
             "for the latents of a VAE that stays as it is",
         ),
         (replace(CONFIG, flow=replace(FLOW, training_block_tokens=(0, 4))), VAE, "sizes of at least 1"),
+        (CONFIG, replace(VAE, attention="block_causal"), "needs vae.network.block_tokens of at least 1"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(config: ColaDLMRecipeConfig, vae: TextVAEConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_recipe(config, vae)
+
+
+def test_a_share_of_hidden_tokens() -> None:
+    with pytest.raises(ConfigError, match="mask_probability must lie between 0 and 1, got 1.5"):
+        make_recipe(replace(CONFIG, mask_probability=1.5)).prepare(make_batch(), step=0)

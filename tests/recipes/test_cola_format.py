@@ -19,7 +19,7 @@ from megatext.nn.dit import TextDiT
 from megatext.nn.layout import CONTEXT, TARGET, Layout
 from megatext.nn.text_vae import TextVAE
 from megatext.recipes import cola_format
-from megatext.recipes.pretrained import write_model, write_vae
+from megatext.recipes.pretrained import load_text_vae, write_model, write_vae
 from megatext.recipes.text_dit import TextDiTRecipeConfig
 from tests.recipes import cola_golden
 from tests.recipes.cola_golden import LENGTHS, PROMPTS, SIZES
@@ -235,6 +235,36 @@ def test_what_is_not_known_is_refused(part: str, changes: dict[str, Any], messag
     release = write_release(tmp_path / "release", "causal", golden, **{part: changes})
     with pytest.raises(ConfigError, match=message):
         (cola_format.read_vae if part == "vae" else cola_format.read_dit)(release)
+
+
+def test_a_release_in_pieces(shards: Path, tmp_path: Path) -> None:
+    """What is missing, cut or of another model is told by its file."""
+    from megatext.tokenizer import load_tokenizer
+
+    arrays = np.load(cola_golden.FILE)
+    golden = {name: arrays[f"causal/{name}"] for name in ("vae_shapes", "dit_shapes")}
+    release = write_release(tmp_path / "release", "causal", golden)
+    load_tokenizer(shards / "tokenizer").save_json(release)
+    with pytest.raises(ConfigError, match="the tokenizer has 300 ids, the VAE 40"):
+        TextGenerator.from_pretrained(release)
+    with pytest.raises(ConfigError, match="the tokenizer has 300 ids, the VAE 40"):
+        load_text_vae(release)
+    vae = cola_format.read_vae(release)
+    other = TextVAE(replace(vae.config, latent_channels=4), 40)
+    cola_format.write(other, *cola_format.read_dit(release), tmp_path / "mixed")
+    with pytest.raises(ConfigError, match="cola_vae has 4 latent channels, cola_dit 6"):
+        cola_format.read(tmp_path / "mixed")
+    weights, config = (release / "cola_dit" / name for name in ("model.safetensors", "config.json"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match=r"model.safetensors: cannot be read .*is it whole"):
+        cola_format.read_dit(release)
+    weights.unlink()
+    with pytest.raises(ConfigError, match=r"cola_dit: holds no \*.safetensors"):
+        cola_format.read_dit(release)
+    for text in ("{", None):
+        config.unlink() if text is None else config.write_text(text)
+        with pytest.raises(ConfigError, match="cola_dit/config.json: not the config.json of a model in Cola DLM's"):
+            cola_format.read_dit(release)
 
 
 def test_export_of_a_run(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
