@@ -86,6 +86,10 @@ class TextGenerator:
                 text.extend(piece)
         return [self.tokenizer.decode(self._cut(text, sampling)) for text in texts]
 
+    def preview(self, seed: int) -> list[str]:
+        """A few short passages from nothing, as a training run shows them."""
+        return self.generate([""] * 4, target_tokens=[32] * 4, seeds=[seed + i for i in range(4)])
+
     def stream(
         self, prompt: str, *, target_tokens: int = 256, seed: int = 0, sampling: SamplingConfig | None = None
     ) -> Iterator[str]:

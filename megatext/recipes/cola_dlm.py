@@ -31,6 +31,7 @@ from megatext.recipes.denoiser import (
     TextDiTTraining,
     TwoStreams,
     best_without_input,
+    feeds_back,
     make_denoiser,
     stored_weights,
     two_streams,
@@ -171,12 +172,10 @@ class ColaDLMRecipe(Recipe):
         draw, c = RowDraws(self.seed, purpose, batch.row_index), self.config
         channels = self.reference.config.latent_channels
         streams = two_streams(c.flow, batch, draw, self.reference.config)
-        # one coin a step: all ranks run the same number of forward passes. Validation is always the same.
-        coin = rng.uniform(self.seed, "self_condition", [step])[0] if purpose == "train" else 0.0
         inputs: dict[str, Any] = {
             "tokens": batch.tokens,
             "streams": streams,
-            "self_condition": bool(coin < c.flow.self_conditioning_probability),
+            "self_condition": feeds_back(c.flow, self.seed, step, purpose),
         }
         counts = {"flow": streams.loss_mask.sum().double()}
         layout = self.reference.layout(batch.segment, batch.position)
@@ -223,8 +222,8 @@ class ColaDLMRecipe(Recipe):
     def preview(self, seed: int) -> list[str]:
         from megatext.generation.text_generator import TextGenerator
 
-        generator = TextGenerator(self.module.denoiser, self._present_vae, load_tokenizer(self.vae_directory))
-        return generator.generate(["", "", "", ""], target_tokens=[32] * 4, seeds=[seed + i for i in range(4)])
+        tokenizer = load_tokenizer(self.vae_directory)
+        return TextGenerator(self.module.denoiser, self._present_vae, tokenizer).preview(seed)
 
     def export(self, state_dict: dict[str, Tensor], output: Path) -> None:
         vae = self.vae_directory

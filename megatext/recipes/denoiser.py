@@ -226,6 +226,13 @@ def draw_timesteps(flow: FlowConfig, draw: RowDraws, group: Tensor, groups: int)
     return torch.cat((t.new_zeros(1), t)), 1 + rows * groups + group
 
 
+def feeds_back(flow: FlowConfig, seed: int, step: int, purpose: str) -> bool:
+    """Whether a first pass of a step provides the self-condition: one coin a step, so that all ranks run the same number
+    of forward passes. Validation is always the same."""
+    coin = rng.uniform(seed, "self_condition", [step])[0] if purpose == "train" else 0.0
+    return bool(coin < flow.self_conditioning_probability)
+
+
 def segment_groups(columns: int) -> int:
     """How many timesteps the segments of a row have: more segments share them, so that the table stays small."""
     return -(-columns // 8)

@@ -26,6 +26,7 @@ from megatext.recipes.denoiser import (
     TwoStreams,
     best_without_input,
     draw_timesteps,
+    feeds_back,
     make_denoiser,
     segment_groups,
     stored_weights,
@@ -91,10 +92,7 @@ class TextDiTRecipe(Recipe):
         draw = RowDraws(self.seed, purpose, batch.row_index)
         make = self._two_streams if self.flow.block_tokens else self._context_and_target
         inputs = make(batch, draw)
-        # one coin a step: all ranks run the same number of forward passes. Validation is always the same.
-        share = self.flow.self_conditioning_probability
-        coin = rng.uniform(self.seed, "self_condition", [step])[0] if purpose == "train" else 0.0
-        inputs["self_condition"] = bool(coin < share)
+        inputs["self_condition"] = feeds_back(self.flow, self.seed, step, purpose)
         return Prepared(inputs, {"flow": inputs["loss_mask"].sum().double()})
 
     def _two_streams(self, batch: TokenBatch, draw: RowDraws) -> dict[str, Any]:
@@ -164,8 +162,7 @@ class TextDiTRecipe(Recipe):
     def preview(self, seed: int) -> list[str]:
         from megatext.generation.text_generator import TextGenerator
 
-        generator = TextGenerator(self.module, self.vae, load_tokenizer(self.vae_directory))
-        return generator.generate(["", "", "", ""], target_tokens=[32] * 4, seeds=[seed + i for i in range(4)])
+        return TextGenerator(self.module, self.vae, load_tokenizer(self.vae_directory)).preview(seed)
 
     def export(self, state_dict: dict[str, Tensor], output: Path) -> None:
         weights = stored_weights(state_dict, "network.", self.config.network)
