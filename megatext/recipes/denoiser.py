@@ -227,8 +227,8 @@ def draw_timesteps(flow: FlowConfig, draw: RowDraws, group: Tensor, groups: int)
 
 
 def feeds_back(flow: FlowConfig, seed: int, step: int, purpose: str) -> bool:
-    """Whether a first pass of a step provides the self-condition: one coin a step, so that all ranks run the same number
-    of forward passes. Validation is always the same."""
+    """Whether a first pass of a step provides the self-condition: one coin a step, so that all ranks run as many
+    forward passes. Validation is always the same."""
     coin = rng.uniform(seed, "self_condition", [step])[0] if purpose == "train" else 0.0
     return bool(coin < flow.self_conditioning_probability)
 
