@@ -62,12 +62,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Softmax attention; q `[rows, heads, queries, d]`, k and v `[rows, heads, keys, d]`, any float dtype."""
     if mask.block is not None:
         return _flex_attention(q, k, v, mask.block)
-    if q.is_cuda or mask.dense is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense)
-    # On CPU and in short rows the explicit form is about twice as fast as SDPA with a mask, and compiles.
-    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-    scores = scores.masked_fill(~mask.dense, float("-inf"))
-    return torch.softmax(scores, dim=-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense)
 
 
 class KVCache:

@@ -235,7 +235,7 @@ def feeds_back(flow: FlowConfig, seed: int, step: int, purpose: str) -> bool:
 
 def segment_groups(columns: int) -> int:
     """How many timesteps the segments of a row have: more segments share them, so that the table stays small."""
-    return -(-columns // 8)
+    return -(-columns // 32)
 
 
 @dataclass
