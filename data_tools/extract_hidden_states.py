@@ -27,12 +27,12 @@ from data_tools.pieces import (
     record_of,
     write_piece,
 )
-from data_tools.teacher import Teacher, fingerprint, forward_flops, load_teacher
 from megatext.config import cli_errors
 from megatext.data import DataError
 from megatext.data.hidden_states import HiddenStates, Storage, read_states_manifest
 from megatext.data.remote import local_folder
 from megatext.data.shards import read_manifest, split_fingerprint
+from megatext.data.teacher import Teacher, fingerprint, forward_flops, load_teacher
 from megatext.data.windows import cut
 from megatext.training.metrics import PEAK_BF16_TFLOPS
 

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from data_tools.ordered_map import ordered_map
-from data_tools.teacher import Teacher
 from megatext.data import DataError
 from megatext.data.hidden_states import (
     FORMAT_VERSION,
@@ -30,6 +29,7 @@ from megatext.data.hidden_states import (
 from megatext.data.remote import fetch, local_folder
 from megatext.data.shards import MANIFEST, ShardWriter, read_json, read_manifest, write_json
 from megatext.data.tar_index import TarIndex, locked
+from megatext.data.teacher import Teacher
 
 _BATCHES_A_GROUP = 8
 """Windows of so many batches are sorted by length together, and held in memory."""

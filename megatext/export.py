@@ -38,12 +38,15 @@ def export(
 def export_cola(model: Path, output: Path) -> None:
     """Write an exported model in Cola DLM's format. Raises ConfigError, naming the fields, where it is another."""
     from megatext.generation import TextGenerator
+    from megatext.nn.text_vae import TextVAE
     from megatext.recipes import cola_format
 
     if (kind := json.loads((model / "config.json").read_text()).get("kind")) != "text_dit":
         what = kind or "language model"
         raise ConfigError(f"--format cola-dlm is for runs of pretrain_cola.py and pretrain_dit.py; this is a {what}'s")
     generator = TextGenerator.from_pretrained(model)
+    if not isinstance(generator.vae, TextVAE):
+        raise ConfigError("--format cola-dlm has no words for LDLM's autoencoder")
     try:
         generator.tokenizer.save_json(output)
     except ValueError as error:

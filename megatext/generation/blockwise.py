@@ -16,6 +16,7 @@ from megatext.generation.sampling import SamplingConfig
 from megatext.nn.attention import KeysValues, KVCache, Mask, make_mask
 from megatext.nn.blocks import Trunk
 from megatext.nn.layout import CONTEXT, PADDING, TARGET, AttentionRule, Layout
+from megatext.nn.text_vae import TextVAE
 
 if TYPE_CHECKING:
     from megatext.generation.text_generator import TextGenerator
@@ -52,6 +53,7 @@ class _Writer:
 
     def __init__(self, generator: "TextGenerator", requests: "list[Request]", sampling: SamplingConfig) -> None:
         self.generator, self.requests, self.sampling = generator, requests, sampling
+        assert isinstance(generator.vae, TextVAE)  # others have no blocks
         self.network, self.vae, self.device = generator.module.network, generator.vae, generator.device
         self.size = sampling.block_tokens or generator.flow.block_tokens
         self.known = torch.tensor([len(r.prompt) for r in requests], device=self.device)

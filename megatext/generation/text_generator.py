@@ -17,6 +17,7 @@ from megatext.nn.layout import Layout
 from megatext.nn.text_vae import TextVAE
 from megatext.recipes import cola_format
 from megatext.recipes.denoiser import TextDiTTraining, make_denoiser
+from megatext.recipes.hidden_autoencoder import HiddenAutoencoder, is_hidden_autoencoder, load_hidden_autoencoder
 from megatext.recipes.pretrained import check_vocabulary, load_text_vae, read_description, weights_hash
 from megatext.recipes.text_dit import TextDiTRecipeConfig
 from megatext.tokenizer import Tokenizer, load_tokenizer
@@ -24,12 +25,15 @@ from megatext.tokenizer import Tokenizer, load_tokenizer
 Predictor = Callable[[Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Tensor | None]]
 """(z, t, self-condition, guided) -> the network's prediction and, where guided and it differs, that without context."""
 
+Autoencoder = TextVAE | HiddenAutoencoder
+"""What latents are decoded by: TextLDM's and Cola DLM's, or LDLM's."""
+
 
 class TextGenerator:
     """Generates with a denoiser and its VAE. A prompt's text is a function of (prompt, length, seed, sampling): it
     does not depend on the other prompts of the call."""
 
-    def __init__(self, module: TextDiTTraining, vae: TextVAE, tokenizer: Tokenizer) -> None:
+    def __init__(self, module: TextDiTTraining, vae: Autoencoder, tokenizer: Tokenizer) -> None:
         self.module, self.vae, self.tokenizer = module, vae, tokenizer
         self.flow = module.flow
 
@@ -40,17 +44,21 @@ class TextGenerator:
         """Load an exported model, or a release in Cola DLM's format. Raises ConfigError if the directory is neither, or
         its VAE is another."""
         if cola_format.is_cola_directory(directory):
-            vae, network, flow = cola_format.read(directory)
-            check_vocabulary(vae, load_tokenizer(directory), directory)
+            text_vae, network, flow = cola_format.read(directory)
+            check_vocabulary(text_vae, load_tokenizer(directory), directory)
             module = TextDiTTraining(network, flow, path_from_name(flow.path), None)
-            return TextGenerator._on(module, vae, load_tokenizer(directory), device, dtype)
+            return TextGenerator._on(module, text_vae, load_tokenizer(directory), device, dtype)
         description = read_description(directory, "text_dit")
         config = from_dict(TextDiTRecipeConfig, description["config"], where=f"{directory}/config.json")
         vae_directory = Path(directory) / "vae"
         if weights_hash(vae_directory) != description["vae_hash"]:
             raise ConfigError(f"{vae_directory} is not the VAE this model was trained on; export the model again")
-        vae, _ = load_text_vae(vae_directory)
-        module = make_denoiser(config.network, config.flow, vae)
+        vae: Autoencoder
+        if is_hidden_autoencoder(vae_directory):
+            vae, _ = load_hidden_autoencoder(vae_directory)
+        else:
+            vae, _ = load_text_vae(vae_directory)
+        module = make_denoiser(config.network, config.flow, vae if isinstance(vae, TextVAE) else vae.network)
         weights = load_file(Path(directory) / "model.safetensors")
         if config.network.token_embedding:
             weights["head.weight"] = weights["token_embedding.weight"]
@@ -59,7 +67,7 @@ class TextGenerator:
 
     @staticmethod
     def _on(
-        module: TextDiTTraining, vae: TextVAE, tokenizer: Tokenizer, device: str, dtype: torch.dtype
+        module: TextDiTTraining, vae: Autoencoder, tokenizer: Tokenizer, device: str, dtype: torch.dtype
     ) -> "TextGenerator":
         module.network.to(device=device, dtype=dtype).eval().requires_grad_(False)
         if module.table is not None:

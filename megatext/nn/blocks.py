@@ -216,16 +216,20 @@ class Trunk(nn.Module):
         condition: tuple[Sequence[Tensor], Tensor] | None = None,
         past: Sequence[KeysValues] | None = None,
         only_keys_values: bool = False,
+        context: Tensor | None = None,
     ) -> tuple[Tensor, list[KeysValues]]:
         """x `[rows, tokens, width]`, `position [rows, tokens]` -> (output, keys and values a block). `condition` is
         what every block's `modulate` gave, and the index `[rows, tokens]` into it. `past` holds, a block, those of
         tokens that stand before the row's own: a KV cache, or the clean copy in training. With `only_keys_values` the
-        last block stops there and the output means nothing."""
+        last block stops there and the output means nothing. A `context` `[rows, tokens, width]` at the same positions
+        stands before x in every block and is not changed by any: what a Perceiver reads."""
         rope = rope_tables(position, self.config.rope_channels, self.config.rope_theta)
         every = self.config.activation_checkpointing
         kept = []
         for i, block in enumerate(self.blocks):
             before = None if past is None else past[i]
+            if context is not None:
+                _, before = block(context, rope, mask, mix=False)
             own_condition = None if condition is None else (condition[0][i], condition[1])
             mix = not (only_keys_values and block is self.blocks[-1])
             if every and i % every == 0 and self.training and torch.is_grad_enabled():

@@ -16,6 +16,7 @@ _MODULES = {
     "PretrainVAEConfig": "megatext.recipes.text_vae",
     "PretrainDiTConfig": "megatext.recipes.text_dit",
     "PretrainColaConfig": "megatext.recipes.cola_dlm",
+    "PretrainLDLMConfig": "megatext.recipes.ldlm",
 }
 """Configuration class -> the module that defines it, with four functions: `build(config) -> Recipe`;
 `needed(config) -> list[str]`, the directories that must be there before; `make(config, vocab_size) -> nn.Module`, the

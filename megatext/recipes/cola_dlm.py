@@ -29,14 +29,13 @@ from megatext.recipes.base import Output, Pass, Prepared, Recipe
 from megatext.recipes.denoiser import (
     FlowConfig,
     TextDiTTraining,
-    TwoStreams,
     best_without_input,
     feeds_back,
     make_denoiser,
     stored_weights,
-    two_streams,
 )
 from megatext.recipes.draws import RowDraws
+from megatext.recipes.noisy_rows import TwoStreams, two_streams
 from megatext.recipes.pretrained import (
     is_text_vae,
     load_text_vae,

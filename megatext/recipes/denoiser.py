@@ -3,23 +3,21 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from megatext import rng
 from megatext.config import ConfigError
-from megatext.data.packing import TokenBatch
 from megatext.flow import objectives
 from megatext.flow.paths import Path as NoisePath
 from megatext.flow.paths import path_from_name
-from megatext.flow.timesteps import TimestepConfig
-from megatext.nn.attention import Mask, make_mask
+from megatext.flow.timesteps import AdaptiveTimestepConfig, AdaptiveTimesteps, TimestepConfig
+from megatext.nn.attention import Mask
 from megatext.nn.dit import TextDiT, TextDiTConfig
-from megatext.nn.layout import CONTEXT, TARGET, Layout
+from megatext.nn.layout import CONTEXT, Layout
+from megatext.nn.perceiver import LatentAutoencoder
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
 from megatext.recipes.base import Output
-from megatext.recipes.draws import RowDraws
 
 TIMESTEP_BINS = 10
 """Loss is logged in this many equal bins of the timestep."""
@@ -35,6 +33,8 @@ class FlowConfig:
     """`token_cross_entropy`: logits whose expected latent is x0 (score interpolation, CDCD arXiv 2211.15089)."""
     timesteps: TimestepConfig = field(default_factory=TimestepConfig)
     """Distribution of training timesteps; the quantile inference grid follows it."""
+    adaptive_timesteps: AdaptiveTimestepConfig = field(default_factory=lambda: AdaptiveTimestepConfig(bins=0))
+    """With bins > 0 the distribution is found in training, and `timesteps` is where validation looks. One shot only."""
     token_likelihood: bool = False
     """Add the exact log-likelihood of each token's noisy latent to the logits (Bayes with the network as prior)."""
     block_tokens: int = 0
@@ -78,6 +78,7 @@ class TextDiTTraining(nn.Module):
     def __init__(self, network: TextDiT, flow: FlowConfig, path: NoisePath, table: Tensor | None) -> None:
         super().__init__()
         self.network, self.flow, self.path, self.table = network, flow, path, table
+        self.timesteps = AdaptiveTimesteps(flow.adaptive_timesteps) if flow.adaptive_timesteps.bins else None
 
     def forward(
         self,
@@ -131,6 +132,8 @@ class TextDiTTraining(nn.Module):
                 previous = self.x0(noisy, t, predict(None))
         predicted = predict(previous)
         per_token = self._loss_per_token(predicted, noisy, latents, noise, tokens, t)
+        if self.timesteps is not None and self.training:
+            self.timesteps.observe(per_token, t, loss_mask)
         sums, counts = objectives.by_timestep_bin(per_token.detach(), t, loss_mask, TIMESTEP_BINS)
         metrics = {f"loss_t{i}": (sums[i], counts[i]) for i in range(TIMESTEP_BINS)}
         return Output({"flow": objectives.masked_sum(per_token, loss_mask)[0]}, metrics)
@@ -166,7 +169,7 @@ class TextDiTTraining(nn.Module):
         return objectives.squared_error(predicted, goal)
 
 
-def make_denoiser(network: TextDiTConfig, flow: FlowConfig, vae: TextVAE) -> TextDiTTraining:
+def make_denoiser(network: TextDiTConfig, flow: FlowConfig, vae: TextVAE | LatentAutoencoder) -> TextDiTTraining:
     """The module of a recipe, for training and for generation. Raises ConfigError where the options do not fit
     together."""
     tokens_out = network.output == "tokens"
@@ -185,14 +188,17 @@ def make_denoiser(network: TextDiTConfig, flow: FlowConfig, vae: TextVAE) -> Tex
             "flow.block_tokens needs a VAE with a token-local or (block-)causal encoder: the latents "
             "of a bidirectional one tell the history what comes after it"
         )
-    check_block_sizes(flow, vae.config)
+    if isinstance(vae.config, TextVAEConfig):
+        check_block_sizes(flow, vae.config)
+    if flow.block_tokens and flow.adaptive_timesteps.bins:
+        raise ConfigError("flow.adaptive_timesteps is for one-shot training: set its bins, or block_tokens, to 0")
     if network.token_embedding and not flow.block_tokens:
         raise ConfigError("network.token_embedding is for the clean history of flow.block_tokens > 0")
     if flow.token_likelihood and not tokens_out:
         raise ConfigError("flow.token_likelihood adds to token logits: it needs objective token_cross_entropy")
     if flow.self_conditioning_probability > 0 and not network.self_conditioning:
         raise ConfigError("flow.self_conditioning_probability > 0 needs network.self_conditioning: true")
-    table = vae.token_table() if tokens_out else None
+    table = vae.token_table() if tokens_out and isinstance(vae, TextVAE) else None
     dit = TextDiT(network, vae.config.latent_channels, vae.vocab_size)
     return TextDiTTraining(dit, flow, path_from_name(flow.path), table)
 
@@ -217,13 +223,13 @@ def stored_weights(state_dict: dict[str, Tensor], prefix: str, network: TextDiTC
     return weights
 
 
-def draw_timesteps(flow: FlowConfig, draw: RowDraws, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """(`timesteps [1 + rows * groups]`, index `[rows, columns]`): one timestep for each row and group, entry 0 the
-    clean end. In a row the timesteps are a golden-ratio sequence: spread evenly, whatever the row's length."""
-    u = (draw.uniform("timestep")[:, None] + 0.6180339887498949 * np.arange(groups)) % 1.0
-    t = rng.on_device(flow.timesteps.quantile(torch.from_numpy(u)).float().flatten().numpy(), group.device)
-    rows = torch.arange(group.shape[0], device=group.device)[:, None]
-    return torch.cat((t.new_zeros(1), t)), 1 + rows * groups + group
+def found_timesteps(flow: FlowConfig, state_dict: dict[str, Tensor], prefix: str) -> FlowConfig:
+    """The process as an export describes it: with the distribution of timesteps that training has found, if it has
+    sought one. `prefix` is the denoiser's."""
+    if not flow.adaptive_timesteps.bins:
+        return flow
+    probabilities = tuple(state_dict[f"{prefix}timesteps.probabilities"].tolist())
+    return replace(flow, timesteps=TimestepConfig(distribution="bins", probabilities=probabilities))
 
 
 def feeds_back(flow: FlowConfig, seed: int, step: int, purpose: str) -> bool:
@@ -231,115 +237,6 @@ def feeds_back(flow: FlowConfig, seed: int, step: int, purpose: str) -> bool:
     forward passes. Validation is always the same."""
     coin = rng.uniform(seed, "self_condition", [step])[0] if purpose == "train" else 0.0
     return bool(coin < flow.self_conditioning_probability)
-
-
-def segment_groups(columns: int) -> int:
-    """How many timesteps the segments of a row have: more segments share them, so that the table stays small."""
-    return -(-columns // 32)
-
-
-@dataclass
-class TwoStreams:
-    """One clean copy of a row and `noise_copies` noisy ones, block by block: all but the latents."""
-
-    clean: Layout
-    """Of the clean copy, `[rows, columns]`."""
-    clean_mask: Mask
-    noisy: Layout
-    """Of the noisy copies side by side, `[rows, copies * columns]`, as all that follows."""
-    noisy_mask: Mask
-    noise: Tensor
-    timesteps: Tensor
-    timestep_index: Tensor
-    loss_mask: Tensor
-    neighbours: Tensor
-
-    @staticmethod
-    def of_zeros(flow: FlowConfig, columns: int, channels: int) -> "TwoStreams":
-        """One row of the shapes of training, for counting FLOPs."""
-        zeros = torch.zeros(1, columns, dtype=torch.long)
-        clean = Layout.of(zeros, zeros)
-        noisy = Layout.concatenate([clean.with_role(TARGET)] * flow.noise_copies)
-        groups = -(-columns // flow.block_tokens) if flow.timestep_per == "block" else segment_groups(columns)
-        return TwoStreams(
-            clean=clean,
-            clean_mask=make_mask("two_stream", clean),
-            noisy=noisy,
-            noisy_mask=make_mask("two_stream", noisy, Layout.concatenate([clean, noisy])),
-            noise=torch.zeros(*noisy.segment.shape, channels),
-            timesteps=torch.zeros(1 + flow.noise_copies * groups),
-            timestep_index=noisy.segment,
-            loss_mask=noisy.real,
-            neighbours=noisy.segment,
-        )
-
-    def inputs(self, tokens: Tensor, latents: Tensor) -> dict[str, Any]:
-        """What `TextDiTTraining.forward` takes, of tokens and latents `[rows, columns, ...]`. What is given clean,
-        history and the first tokens of some blocks, has no gradient into the latents."""
-        copies, given = self.noisy.segment.shape[1] // self.clean.segment.shape[1], self.timestep_index == 0
-        noisy = latents.repeat(1, copies, 1)
-        return {
-            "latents": torch.where(given[..., None], noisy.detach(), noisy),
-            "noise": self.noise,
-            "tokens": tokens.repeat(1, copies),
-            "timesteps": self.timesteps,
-            "timestep_index": self.timestep_index,
-            "layout": self.noisy,
-            "mask": self.noisy_mask,
-            "loss_mask": self.loss_mask,
-            "neighbours": self.neighbours,
-            "history": History(tokens, latents.detach(), self.clean, self.clean_mask),
-        }
-
-
-def two_streams(flow: FlowConfig, batch: TokenBatch, draw: RowDraws, vae: TextVAEConfig) -> TwoStreams:
-    """Blocks, timesteps, noise and who sees whom (Cola DLM Eq. 2.2.3; block diffusion, arXiv 2503.09573) for the
-    latents of a `vae`. Where `flow.training_block_tokens` has several sizes a segment draws one, but in validation."""
-    columns, copies = batch.tokens.shape[1], flow.noise_copies
-    sizes = flow.training_block_tokens if draw.purpose == "train" else ()
-    size: Tensor | int = flow.block_tokens
-    if sizes:
-        drawn = (draw.per_group("block_tokens", columns, batch.segment) * len(sizes)).long().clamp(max=len(sizes) - 1)
-        size = rng.on_device(np.array(sizes), drawn.device)[drawn]
-    clean = Layout.of(batch.segment, batch.position, block_tokens=size)
-    boundary = torch.ones_like(batch.segment, dtype=torch.bool)
-    boundary[:, 1:] = (clean.segment[:, 1:] != clean.segment[:, :-1]) | (clean.block[:, 1:] != clean.block[:, :-1])
-    # running number of the block in its row; many short segments share timesteps, so that the table stays small
-    blocks = -(-columns // flow.block_tokens)
-    number = (boundary.cumsum(dim=1) - 1) % blocks
-    groups, group = blocks, number
-    if flow.timestep_per == "segment":
-        groups = segment_groups(columns)
-        group = batch.segment.clamp(min=0) % groups
-    dropped = draw.per_group("condition_dropout", columns, batch.segment) < flow.condition_dropout
-    noisy, index, known, neighbours = [], [], [], []
-    first, left = batch.position % size == 0, batch.tokens.roll(1, dims=1)
-    for copy in range(copies):
-        # A dropped segment gets a number of its own: the clean copy, its history, is out of sight.
-        segment = torch.where(dropped & clean.real, clean.segment + columns, clean.segment)
-        noisy.append(replace(clean.with_role(TARGET + copy), segment=segment))
-        index.append(copy * groups + group)
-        partial = draw.per_group(f"partial/{copy}", blocks, number)
-        length = (partial / max(flow.partial_block_probability, 1e-9) * size).long()
-        if vae.attention == "block_causal":  # a latent tells of its whole block
-            length = length // vae.block_tokens * vae.block_tokens
-        given = (partial < flow.partial_block_probability) & (batch.position % size < length)
-        known.append(given)
-        clean_left = (batch.position > 0) & torch.where(first, ~dropped, given.roll(1, dims=1))
-        neighbours.append(torch.where(clean_left, left, -1))
-    timesteps, timestep_index = draw_timesteps(flow, draw, torch.cat(index, dim=1), copies * groups)
-    pinned, layout = torch.cat(known, dim=1), Layout.concatenate(noisy)
-    return TwoStreams(
-        clean=clean,
-        clean_mask=make_mask("two_stream", clean),
-        noisy=layout,
-        noisy_mask=make_mask("two_stream", layout, Layout.concatenate([clean, layout])),
-        noise=draw.normal("noise", (copies * columns, vae.latent_channels), batch.tokens.device),
-        timesteps=timesteps,
-        timestep_index=timestep_index.masked_fill(pinned, 0),
-        loss_mask=layout.real & ~pinned,
-        neighbours=torch.cat(neighbours, dim=1),
-    )
 
 
 def best_without_input(

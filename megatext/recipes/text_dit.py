@@ -5,7 +5,7 @@ one shot. `block_tokens: n` is block-causal training in two streams (Cola DLM, a
 the row as history, and noisy copies in which every block of n tokens is denoised given the clean blocks before it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,25 +14,22 @@ from torch import Tensor
 
 from megatext import rng
 from megatext.data.packing import TokenBatch
-from megatext.nn.attention import make_mask
 from megatext.nn.blocks import TrunkConfig, initialise
 from megatext.nn.dit import TextDiTConfig
-from megatext.nn.layout import CONTEXT, TARGET, Layout
+from megatext.nn.layout import Layout
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
 from megatext.recipes.base import Pass, Prepared, Recipe
 from megatext.recipes.denoiser import (
     FlowConfig,
     TextDiTTraining,
-    TwoStreams,
     best_without_input,
-    draw_timesteps,
     feeds_back,
+    found_timesteps,
     make_denoiser,
-    segment_groups,
     stored_weights,
-    two_streams,
 )
 from megatext.recipes.draws import RowDraws
+from megatext.recipes.noisy_rows import OneShot, TwoStreams, one_shot, two_streams
 from megatext.recipes.pretrained import is_text_vae, load_text_vae, text_vae_config, weights_hash, write_model
 from megatext.recipes.warm_start import load_language_model
 from megatext.tokenizer import load_tokenizer
@@ -87,6 +84,10 @@ class TextDiTRecipe(Recipe):
     def loss_weights(self, step: int) -> dict[str, float]:
         return {"flow": 1.0}
 
+    def end_of_step(self, step: int) -> None:
+        if self.module.timesteps is not None:
+            self.module.timesteps.end_of_step(step)
+
     @torch.no_grad()
     def prepare(self, batch: TokenBatch, *, step: int, purpose: str = "train") -> Prepared:
         draw = RowDraws(self.seed, purpose, batch.row_index)
@@ -106,46 +107,14 @@ class TextDiTRecipe(Recipe):
 
     def _context_and_target(self, batch: TokenBatch, draw: RowDraws) -> dict[str, Any]:
         """Every segment split in a clean context and a noisy target that are encoded separately."""
-        columns = batch.tokens.shape[1]
-        low, high = self.flow.context_fraction
-        fraction = low + (high - low) * draw.per_group("split", columns, batch.segment)
-        alone = draw.per_group("unconditional", columns, batch.segment) < self.flow.unconditional_probability
-        same = batch.segment[:, :, None] == batch.segment[:, None, :]
-        length = same.sum(dim=-1)
-        context = (fraction * length).round().clamp(min=1).minimum(length - 1) * ~alone
-        role = torch.where(batch.position < context, CONTEXT, TARGET)
-        layout = Layout.of(batch.segment, batch.position, role)
-        mean, log_variance, _ = self.vae.encode(batch.tokens, layout.separated())
+        timesteps = self.module.timesteps if draw.purpose == "train" else None
+        shot = one_shot(self.flow, batch, draw, self.vae.config.latent_channels, timesteps)
+        mean, log_variance, _ = self.vae.encode(batch.tokens, shot.layout.separated())
         posterior = draw.normal("posterior", tuple(mean.shape[1:]), mean.device)
         # The flow's goal is a posterior sample, the condition the mean (papers leave it open).
         sample = self.vae.sample(mean, log_variance, posterior)
-        is_target = role == TARGET
-        latents = self.vae.standardise(torch.where(is_target[..., None], sample, mean))
-        dropped = (
-            draw.per_group("condition_dropout", columns, batch.segment) < self.flow.condition_dropout
-        ) & ~is_target
-        seen = layout
-        if self.flow.null_condition == "zeros":
-            latents = latents.masked_fill(dropped[..., None], 0.0)
-        else:
-            seen = Layout(
-                torch.where(dropped & layout.real, layout.segment + columns, layout.segment),
-                layout.position,
-                layout.role,
-                layout.block,
-            )
-        groups = segment_groups(columns)
-        timesteps, index = draw_timesteps(self.flow, draw, batch.segment.clamp(min=0) % groups, groups)
-        return {
-            "latents": latents,
-            "noise": draw.normal("noise", tuple(latents.shape[1:]), latents.device),
-            "tokens": batch.tokens,
-            "timesteps": timesteps,
-            "timestep_index": index.masked_fill(~is_target, 0),
-            "layout": seen,
-            "mask": make_mask("full", seen),
-            "loss_mask": layout.real & is_target,
-        }
+        latents = self.vae.standardise(torch.where(shot.target[..., None], sample, mean))
+        return shot.inputs(batch.tokens, latents)
 
     @torch.no_grad()
     def finish(self, batches: list[TokenBatch]) -> dict[str, float]:
@@ -167,7 +136,8 @@ class TextDiTRecipe(Recipe):
     def export(self, state_dict: dict[str, Tensor], output: Path) -> None:
         weights = stored_weights(state_dict, "network.", self.config.network)
         vae, warm_start = self.vae_directory, self.config.warm_start
-        write_model(output, "text_dit", self.config, weights, tokenizer=vae, vae=vae, warm_start=warm_start)
+        config = replace(self.config, flow=found_timesteps(self.flow, state_dict, ""))
+        write_model(output, "text_dit", config, weights, tokenizer=vae, vae=vae, warm_start=warm_start)
 
 
 def build(config: PretrainDiTConfig) -> TextDiTRecipe:
@@ -199,21 +169,13 @@ def passes(config: PretrainDiTConfig, module: TextDiTTraining, vocab_size: int) 
     clean = Layout.of(tokens, tokens)
     latents = torch.zeros(1, columns, vae.config.latent_channels)
 
+    channels = vae.config.latent_channels
+    rows: TwoStreams | OneShot = (
+        TwoStreams.of_zeros(flow, columns, channels) if flow.block_tokens else OneShot.of_zeros(columns, channels)
+    )
+
     def run(self_condition: bool) -> Any:
-        if flow.block_tokens:
-            streams = TwoStreams.of_zeros(flow, columns, vae.config.latent_channels)
-            return module(**streams.inputs(tokens, latents), self_condition=self_condition)
-        return module(
-            latents=latents,
-            noise=latents,
-            tokens=tokens,
-            timesteps=torch.zeros(1 + segment_groups(columns)),
-            timestep_index=tokens,
-            layout=clean.with_role(TARGET),
-            mask=make_mask("full", clean),
-            loss_mask=clean.real,
-            self_condition=self_condition,
-        )
+        return module(**rows.inputs(tokens, latents), self_condition=self_condition)
 
     twice = flow.self_conditioning_probability
     always = [Pass(lambda: vae.encode(tokens, clean), trained=False), Pass(lambda: run(False), 1 - twice)]

@@ -196,6 +196,7 @@ class Trainer:
         )
         if applied:
             state.ema.update()
+        self.recipe.end_of_step(step)
         for loss in losses:
             meter.add("loss", loss)
         state.step += 1
@@ -273,6 +274,8 @@ class Trainer:
         self.logger.record(state.step, figures)
         terms = sorted(name.removeprefix("loss/") for name in figures if name.startswith("loss/"))
         self.logger.say(console_line(state.step, self.config.max_steps, figures, terms))
+        for warning in self.recipe.warnings(figures):
+            self.logger.say(f"warning: {warning}")
         clock.start_window()
 
     def validate(self) -> dict[str, float]:

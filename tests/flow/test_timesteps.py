@@ -1,13 +1,22 @@
 import math
+from collections.abc import Callable
+from itertools import pairwise
 from statistics import NormalDist
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from megatext.config import ConfigError
-from megatext.flow.timesteps import TimestepConfig
+from megatext.flow.timesteps import (
+    AdaptiveTimestepConfig,
+    AdaptiveTimesteps,
+    TimestepConfig,
+    probabilities_of,
+    quantile_of_bins,
+)
 
 configs = st.one_of(
     st.just(TimestepConfig("uniform")),
@@ -53,3 +62,60 @@ def test_bad_values() -> None:
         TimestepConfig("logit_normal", 0.0, 0.0)
     with pytest.raises(ConfigError, match="at least one step"):
         TimestepConfig().inference_grid(0)
+    for bad in (
+        {"distribution": "bins"},
+        {"distribution": "bins", "probabilities": (0.5, 0.0)},
+        {"probabilities": (1.0,)},
+    ):
+        with pytest.raises(ConfigError, match="probabilities, all positive"):
+            TimestepConfig(**bad)  # type: ignore[arg-type]
+
+
+def test_quantile_of_bins_by_counting() -> None:
+    probabilities = (0.1, 0.4, 0.5)
+    config = TimestepConfig("bins", probabilities=probabilities)
+    t = config.quantile(torch.linspace(0, 1, 100_001, dtype=torch.float64))
+    share = torch.histogram(t, torch.tensor([0, 1 / 3, 2 / 3, 1], dtype=torch.float64)).hist / len(t)
+    assert share.tolist() == pytest.approx(probabilities, abs=1e-4)
+    assert config.quantile(torch.tensor([0.05, 0.3])).tolist() == pytest.approx([1 / 6, 1 / 2])
+
+
+@given(st.integers(2, 60), st.sampled_from([lambda t: t**2, lambda t: torch.sin(1.5 * t), lambda t: t.exp()]))
+def test_adaptive_sampling_makes_the_loss_linear_in_what_is_drawn(bins: int, curve: Callable[[Tensor], Tensor]) -> None:
+    centres = (torch.arange(bins, dtype=torch.float64) + 0.5) / bins
+    count = torch.arange(1, bins + 1)
+    found = probabilities_of(curve(centres) * count, count, floor=0.0)
+    u = torch.linspace(0, 1, 11, dtype=torch.float64)
+    loss = curve(quantile_of_bins(u, found))
+    straight = loss[0] + (loss[-1] - loss[0]) * u
+    # within a bin the density is flat, so the curve's bend over half a bin is what is left
+    assert float((loss - straight).abs().max()) < 1.5 / bins
+
+
+def test_adaptive_probabilities_of_a_known_curve() -> None:
+    """A loss of t^2 rises by the square's difference over a bin; at the ends it goes on as within."""
+    mean = torch.tensor([1.0, 9.0, 25.0, 49.0]) / 64  # at 1/8, 3/8, 5/8, 7/8
+    ends = [-3 / 64, 5 / 64, 17 / 64, 37 / 64, 61 / 64]
+    rise = [b - a for a, b in pairwise(ends)]
+    found = probabilities_of(mean * 7, torch.full((4,), 7.0), floor=0.4)
+    assert found.tolist() == pytest.approx([0.6 * r / sum(rise) + 0.1 for r in rise])
+    falling = probabilities_of(torch.tensor([1.0, 3.0, 2.0]), torch.ones(3), floor=0.3)
+    assert falling.tolist() == pytest.approx([0.1 + 0.7 * 2 / 2.5, 0.1 + 0.7 * 0.5 / 2.5, 0.1])
+    uniform = torch.full((3,), 1 / 3, dtype=torch.float64)
+    assert torch.equal(probabilities_of(torch.tensor([1.0, 0.0, 2.0]), torch.tensor([1.0, 0.0, 1.0]), 0.1), uniform)
+    assert torch.equal(probabilities_of(torch.ones(3), torch.ones(3), 0.1), uniform)
+
+
+def test_the_moving_average_forgets_at_its_rate() -> None:
+    sampler = AdaptiveTimesteps(AdaptiveTimestepConfig(bins=2, decay=0.5, refresh_steps=3, floor=0.1))
+    t, mask = torch.tensor([[0.1, 0.9, 0.9]]), torch.tensor([[True, True, False]])
+    for step, (low, high) in enumerate([(1.0, 2.0), (1.0, 4.0), (1.0, 9.0)]):
+        sampler.observe(torch.tensor([[low, high, 100.0]]), t, mask)
+        sampler.observe(torch.tensor([[low, high, 100.0]]), t, mask)  # another micro-batch
+        assert sampler.probabilities.tolist() == [0.5, 0.5]
+        sampler.end_of_step(step)
+    high = (2 / 4 + 4 / 2 + 9) / (1 / 4 + 1 / 2 + 1)
+    mean = torch.tensor([1.0, high])
+    assert torch.allclose(sampler.loss_sum / sampler.loss_count, mean)
+    assert sampler.probabilities.tolist() == pytest.approx([0.5, 0.5])  # two bins rise alike
+    assert AdaptiveTimesteps(sampler.config).state_dict().keys() == {"loss_sum", "loss_count", "probabilities"}

@@ -50,12 +50,25 @@ COLA = {
     "network": {"trunk": {**TRUNK, "qk_norm_kind": "layer"}, "timestep_layers": 3, "final_modulation": True},
     "flow": {"block_tokens": 4, "training_block_tokens": [1, 2, 4], "posterior": "sample"},
 }
+LDLM = {
+    "autoencoder": {"latent_channels": 8, "encoder": TRUNK, "decoder": TRUNK, "token_decoder": TRUNK},
+    "network": {"trunk": {**TRUNK, "initial_gate": 1.0}, "self_conditioning": True},
+    "flow": {
+        "path": "tan-3",
+        "objective": "x0",
+        "timesteps": {"distribution": "uniform"},
+        "adaptive_timesteps": {"bins": 4, "decay": 0.5, "refresh_steps": 1},
+        "self_conditioning_probability": 0.5,
+    },
+    "encoder_warmup_steps": 4,
+}
 SYSTEMS = {
     "lm": ("lm", LM),
     "vae": ("vae", VAE),
     "blocks": ("dit", {"dit": BLOCKS}),
     "one_shot": ("dit", {"dit": ONE_SHOT}),
     "cola": ("cola", {"cola": COLA, "optimizer": {**OPTIMIZER, "learning_rate_scales": {"vae": 0.5}}}),
+    "ldlm": ("ldlm", {"ldlm": LDLM}),
 }
 
 
@@ -64,6 +77,7 @@ KINDS = {
     "vae": "PretrainVAEConfig",
     "dit": "PretrainDiTConfig",
     "cola": "PretrainColaConfig",
+    "ldlm": "PretrainLDLMConfig",
 }
 
 
@@ -82,7 +96,8 @@ def on_vae(name: str, vae: str) -> tuple[str, dict[str, Any]]:
     """Launcher and own part of the configuration of a system, on a VAE where it stands on one (cola on `vae`_cola)."""
     vae += "_cola" * (name == "cola")
     launcher, own = SYSTEMS[name]
-    return launcher, {key: {**value, "vae": vae} if key in ("dit", "cola") else value for key, value in own.items()}
+    stands_on = {"dit": {"vae": vae}, "cola": {"vae": vae}, "ldlm": {"language_model": vae + "_lm"}}
+    return launcher, {key: {**value, **stands_on.get(key, {})} for key, value in own.items()}
 
 
 def command(name: str, directory: Path, base: dict[str, Any], *options: str) -> list[str]:

@@ -36,8 +36,9 @@ def alone(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     base = {"data": {"shards": str(shards), "row_tokens": 32, "max_tokens": 32}, "vae": str(directory / "model")}
     pretrain(["lm", "vae"], 1, directory, base)
     export(directory / "vae", directory / "model")
+    export(directory / "lm", directory / "model_lm")
     write_cola_vae(directory / "model_cola", shards)
-    pretrain(["blocks", "one_shot", "cola"], 1, directory, base)
+    pretrain(["blocks", "one_shot", "cola", "ldlm"], 1, directory, base)
     return directory, base
 
 
@@ -62,7 +63,7 @@ def test_ranks_equal_one_process(stage: str, world: int, alone: tuple[Path, dict
         assert previews[0] == previews[1], name
     finished = [json.loads((d / "vae" / "finished.json").read_text()) for d in (directory, tmp_path)]
     assert finished[0]["latent_std"] == pytest.approx(finished[1]["latent_std"], rel=1e-4)
-    for name in {"blocks", "one_shot", "cola"} & {*names}:
+    for name in {"blocks", "one_shot", "cola", "ldlm"} & {*names}:
         export(tmp_path / name, tmp_path / "model" / name)
         generator = TextGenerator.from_pretrained(tmp_path / "model" / name)
         texts = generator.generate(
@@ -164,6 +165,10 @@ def test_an_export_computes_what_training_did(name: str, alone: tuple[Path, dict
             mean, log_variance, _ = loaded.vae.encode(inputs["tokens"], inputs["layout"])
             latents = loaded.vae.standardise(mean + (0.5 * log_variance).exp() * inputs["posterior_noise"])
             inputs = {**inputs["streams"].inputs(inputs["tokens"], latents), "self_condition": False}
+        if name == "ldlm":
+            latents = loaded.vae.encode(inputs["tokens"], inputs["shot"].layout)[0]
+            condition = inputs["self_condition"]
+            inputs = {**inputs["shot"].inputs(inputs["tokens"], latents), "self_condition": condition}
         pairs = [(loaded.module(**inputs).loss_sums["flow"], theirs)]
     assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
 

@@ -16,7 +16,8 @@ from tests.training.toy import records
 def base(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("vae")
     base = {"data": {"shards": str(shards), "row_tokens": 32, "max_tokens": 32}, "vae": str(directory / "model")}
-    pretrain(["vae"], 1, directory, base)
+    pretrain(["lm", "vae"], 1, directory, base)
+    export(directory / "lm", directory / "model_lm")
     export(directory / "vae", directory / "model")
     write_cola_vae(directory / "model_cola", shards)
     return base

@@ -1,0 +1,211 @@
+"""Rows of a denoiser in training: what is clean, what is noise and how much, who sees whom. All but the latents."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatext import rng
+from megatext.data.packing import TokenBatch
+from megatext.flow.timesteps import AdaptiveTimesteps, TimestepConfig
+from megatext.nn.attention import Mask, make_mask
+from megatext.nn.layout import CONTEXT, TARGET, Layout
+from megatext.nn.text_vae import TextVAEConfig
+from megatext.recipes.denoiser import FlowConfig, History
+from megatext.recipes.draws import RowDraws
+
+
+def draw_timesteps(
+    timesteps: TimestepConfig | AdaptiveTimesteps, draw: RowDraws, group: Tensor, groups: int
+) -> tuple[Tensor, Tensor]:
+    """(`timesteps [1 + rows * groups]`, index `[rows, columns]`): one timestep for each row and group, entry 0 the
+    clean end. In a row the timesteps are a golden-ratio sequence: spread evenly, whatever the row's length."""
+    u = (draw.uniform("timestep")[:, None] + 0.6180339887498949 * np.arange(groups)) % 1.0
+    t = timesteps.quantile(rng.on_device(u.flatten(), group.device)).float()
+    rows = torch.arange(group.shape[0], device=group.device)[:, None]
+    return torch.cat((t.new_zeros(1), t)), 1 + rows * groups + group
+
+
+def segment_groups(columns: int) -> int:
+    """How many timesteps the segments of a row have: more segments share them, so that the table stays small."""
+    return -(-columns // 32)
+
+
+@dataclass
+class OneShot:
+    """Segments split in a clean context and a noisy target (TextLDM section 3.2): all but the latents."""
+
+    layout: Layout
+    """Roles of context and target, `[rows, columns]`; the two are encoded separately."""
+    seen: Layout
+    """The same as the denoiser sees it: a dropped context is out of sight."""
+    mask: Mask
+    zeroed: Tensor
+    """bool `[rows, columns]`: context that is zero vectors."""
+    noise: Tensor
+    timesteps: Tensor
+    timestep_index: Tensor
+
+    @property
+    def target(self) -> Tensor:
+        """bool `[rows, columns]`: to be generated."""
+        return self.layout.role == TARGET
+
+    @staticmethod
+    def of_zeros(columns: int, channels: int) -> "OneShot":
+        """One row of the shapes of training, for counting FLOPs."""
+        zeros = torch.zeros(1, columns, dtype=torch.long)
+        layout = Layout.of(zeros, zeros).with_role(TARGET)
+        timesteps = torch.zeros(1 + segment_groups(columns))
+        noise = torch.zeros(1, columns, channels)
+        return OneShot(layout, layout, make_mask("full", layout), zeros > 0, noise, timesteps, zeros)
+
+    def inputs(self, tokens: Tensor, latents: Tensor) -> dict[str, Any]:
+        """What `TextDiTTraining.forward` takes, of tokens and latents `[rows, columns, ...]`."""
+        return {
+            "latents": latents.masked_fill(self.zeroed[..., None], 0.0),
+            "noise": self.noise,
+            "tokens": tokens,
+            "timesteps": self.timesteps,
+            "timestep_index": self.timestep_index,
+            "layout": self.seen,
+            "mask": self.mask,
+            "loss_mask": self.layout.real & self.target,
+        }
+
+
+def one_shot(
+    flow: FlowConfig, batch: TokenBatch, draw: RowDraws, channels: int, timesteps: AdaptiveTimesteps | None = None
+) -> OneShot:
+    """Splits, dropped contexts, timesteps and noise for latents of so many channels; `timesteps` instead of the flow's
+    own."""
+    columns = batch.tokens.shape[1]
+    low, high = flow.context_fraction
+    fraction = low + (high - low) * draw.per_group("split", columns, batch.segment)
+    alone = draw.per_group("unconditional", columns, batch.segment) < flow.unconditional_probability
+    length = (batch.segment[:, :, None] == batch.segment[:, None, :]).sum(dim=-1)
+    context = (fraction * length).round().clamp(min=1).minimum(length - 1) * ~alone
+    layout = Layout.of(batch.segment, batch.position, torch.where(batch.position < context, CONTEXT, TARGET))
+    is_target = layout.role == TARGET
+    dropped = (draw.per_group("condition_dropout", columns, batch.segment) < flow.condition_dropout) & ~is_target
+    seen, zeroed = layout, dropped
+    if flow.null_condition == "drop":
+        segment = torch.where(dropped & layout.real, layout.segment + columns, layout.segment)
+        seen, zeroed = replace(layout, segment=segment), torch.zeros_like(dropped)
+    groups = segment_groups(columns)
+    drawn, index = draw_timesteps(timesteps or flow.timesteps, draw, batch.segment.clamp(min=0) % groups, groups)
+    return OneShot(
+        layout=layout,
+        seen=seen,
+        mask=make_mask("full", seen),
+        zeroed=zeroed,
+        noise=draw.normal("noise", (columns, channels), batch.tokens.device),
+        timesteps=drawn,
+        timestep_index=index.masked_fill(~is_target, 0),
+    )
+
+
+@dataclass
+class TwoStreams:
+    """One clean copy of a row and `noise_copies` noisy ones, block by block: all but the latents."""
+
+    clean: Layout
+    """Of the clean copy, `[rows, columns]`."""
+    clean_mask: Mask
+    noisy: Layout
+    """Of the noisy copies side by side, `[rows, copies * columns]`, as all that follows."""
+    noisy_mask: Mask
+    noise: Tensor
+    timesteps: Tensor
+    timestep_index: Tensor
+    loss_mask: Tensor
+    neighbours: Tensor
+
+    @staticmethod
+    def of_zeros(flow: FlowConfig, columns: int, channels: int) -> "TwoStreams":
+        """One row of the shapes of training, for counting FLOPs."""
+        zeros = torch.zeros(1, columns, dtype=torch.long)
+        clean = Layout.of(zeros, zeros)
+        noisy = Layout.concatenate([clean.with_role(TARGET)] * flow.noise_copies)
+        groups = -(-columns // flow.block_tokens) if flow.timestep_per == "block" else segment_groups(columns)
+        return TwoStreams(
+            clean=clean,
+            clean_mask=make_mask("two_stream", clean),
+            noisy=noisy,
+            noisy_mask=make_mask("two_stream", noisy, Layout.concatenate([clean, noisy])),
+            noise=torch.zeros(*noisy.segment.shape, channels),
+            timesteps=torch.zeros(1 + flow.noise_copies * groups),
+            timestep_index=noisy.segment,
+            loss_mask=noisy.real,
+            neighbours=noisy.segment,
+        )
+
+    def inputs(self, tokens: Tensor, latents: Tensor) -> dict[str, Any]:
+        """What `TextDiTTraining.forward` takes, of tokens and latents `[rows, columns, ...]`. What is given clean,
+        history and the first tokens of some blocks, has no gradient into the latents."""
+        copies, given = self.noisy.segment.shape[1] // self.clean.segment.shape[1], self.timestep_index == 0
+        noisy = latents.repeat(1, copies, 1)
+        return {
+            "latents": torch.where(given[..., None], noisy.detach(), noisy),
+            "noise": self.noise,
+            "tokens": tokens.repeat(1, copies),
+            "timesteps": self.timesteps,
+            "timestep_index": self.timestep_index,
+            "layout": self.noisy,
+            "mask": self.noisy_mask,
+            "loss_mask": self.loss_mask,
+            "neighbours": self.neighbours,
+            "history": History(tokens, latents.detach(), self.clean, self.clean_mask),
+        }
+
+
+def two_streams(flow: FlowConfig, batch: TokenBatch, draw: RowDraws, vae: TextVAEConfig) -> TwoStreams:
+    """Blocks, timesteps, noise and who sees whom (Cola DLM Eq. 2.2.3; block diffusion, arXiv 2503.09573) for the
+    latents of a `vae`. Where `flow.training_block_tokens` has several sizes a segment draws one, but in validation."""
+    columns, copies = batch.tokens.shape[1], flow.noise_copies
+    sizes = flow.training_block_tokens if draw.purpose == "train" else ()
+    size: Tensor | int = flow.block_tokens
+    if sizes:
+        drawn = (draw.per_group("block_tokens", columns, batch.segment) * len(sizes)).long().clamp(max=len(sizes) - 1)
+        size = rng.on_device(np.array(sizes), drawn.device)[drawn]
+    clean = Layout.of(batch.segment, batch.position, block_tokens=size)
+    boundary = torch.ones_like(batch.segment, dtype=torch.bool)
+    boundary[:, 1:] = (clean.segment[:, 1:] != clean.segment[:, :-1]) | (clean.block[:, 1:] != clean.block[:, :-1])
+    # running number of the block in its row; many short segments share timesteps, so that the table stays small
+    blocks = -(-columns // flow.block_tokens)
+    number = (boundary.cumsum(dim=1) - 1) % blocks
+    groups, group = blocks, number
+    if flow.timestep_per == "segment":
+        groups = segment_groups(columns)
+        group = batch.segment.clamp(min=0) % groups
+    dropped = draw.per_group("condition_dropout", columns, batch.segment) < flow.condition_dropout
+    noisy, index, known, neighbours = [], [], [], []
+    first, left = batch.position % size == 0, batch.tokens.roll(1, dims=1)
+    for copy in range(copies):
+        # A dropped segment gets a number of its own: the clean copy, its history, is out of sight.
+        segment = torch.where(dropped & clean.real, clean.segment + columns, clean.segment)
+        noisy.append(replace(clean.with_role(TARGET + copy), segment=segment))
+        index.append(copy * groups + group)
+        partial = draw.per_group(f"partial/{copy}", blocks, number)
+        length = (partial / max(flow.partial_block_probability, 1e-9) * size).long()
+        if vae.attention == "block_causal":  # a latent tells of its whole block
+            length = length // vae.block_tokens * vae.block_tokens
+        given = (partial < flow.partial_block_probability) & (batch.position % size < length)
+        known.append(given)
+        clean_left = (batch.position > 0) & torch.where(first, ~dropped, given.roll(1, dims=1))
+        neighbours.append(torch.where(clean_left, left, -1))
+    timesteps, timestep_index = draw_timesteps(flow.timesteps, draw, torch.cat(index, dim=1), copies * groups)
+    pinned, layout = torch.cat(known, dim=1), Layout.concatenate(noisy)
+    return TwoStreams(
+        clean=clean,
+        clean_mask=make_mask("two_stream", clean),
+        noisy=layout,
+        noisy_mask=make_mask("two_stream", layout, Layout.concatenate([clean, layout])),
+        noise=draw.normal("noise", (copies * columns, vae.latent_channels), batch.tokens.device),
+        timesteps=timesteps,
+        timestep_index=timestep_index.masked_fill(pinned, 0),
+        loss_mask=layout.real & ~pinned,
+        neighbours=torch.cat(neighbours, dim=1),
+    )
