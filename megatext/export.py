@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from megatext.config import ConfigError, from_dict
+from megatext.generation.lengths import write_lengths
 from megatext.recipes import build_recipe, config_class
 from megatext.training import checkpoint
 from megatext.training.ema import ema_key
@@ -32,6 +33,7 @@ def export(
     key = "master" if raw or not decays else ema_key(ema if ema is not None else decays[0])
     output.mkdir(parents=True, exist_ok=True)
     recipe.export(reader.state_dict(key), output)
+    write_lengths(config.data, output)
     return path, "raw weights" if key == "master" else f"averaged weights (decay {key.removeprefix('ema_')})"
 
 

@@ -105,7 +105,7 @@ class _Writer:
         final = self._denoise(rows, position, given, clean)
         written = torch.where(given, tokens, self._decode(rows, final, position))
         self.tokens[rows] = self.tokens[rows].scatter(1, position, written)
-        if self.sampling.length == "eos":
+        if self.sampling.length != "oracle":
             ends = (written == self.generator.tokenizer.eos_id) & ~given & (position < self.length[rows, None])
             first = torch.where(ends.any(dim=1), start + ends.int().argmax(dim=1) + 1, self.length[rows])
             self.length[rows] = first

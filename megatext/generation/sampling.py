@@ -27,6 +27,7 @@ class SamplingConfig:
     history: Literal["tokens", "latents"] = "tokens"
     """What a written block is to the blocks after it: its tokens, encoded again, or the latents it was sampled as
     (Cola DLM's release; saves the encoder's pass)."""
-    length: Literal["oracle", "eos"] = "oracle"
+    length: Literal["oracle", "eos", "sampled"] = "oracle"
     """`oracle` generates the number of tokens asked for, none of them an end of text; `eos` at most that many, cut at
-    the first end of text, where writing stops."""
+    the first end of text, where writing stops; `sampled` is `eos` with a text's most tokens drawn from the lengths of
+    training's texts, which a one-shot model needs: it writes for the room it is given."""

@@ -11,6 +11,7 @@ from megatext.config import ConfigError, from_dict
 from megatext.flow import guidance, objectives
 from megatext.flow.paths import path_from_name
 from megatext.flow.solvers import sample
+from megatext.generation.lengths import draw_target_tokens, read_lengths
 from megatext.generation.noise import Noise, Request, draw_tokens
 from megatext.generation.sampling import SamplingConfig
 from megatext.nn.layout import Layout
@@ -36,6 +37,7 @@ class TextGenerator:
     def __init__(self, module: TextDiTTraining, vae: Autoencoder, tokenizer: Tokenizer) -> None:
         self.module, self.vae, self.tokenizer = module, vae, tokenizer
         self.flow = module.flow
+        self.window_tokens: list[int] = []
 
     @staticmethod
     def from_pretrained(
@@ -63,7 +65,9 @@ class TextGenerator:
         if config.network.token_embedding:
             weights["head.weight"] = weights["token_embedding.weight"]
         module.network.load_state_dict(weights)
-        return TextGenerator._on(module, vae, load_tokenizer(directory), device, dtype)
+        generator = TextGenerator._on(module, vae, load_tokenizer(directory), device, dtype)
+        generator.window_tokens = read_lengths(Path(directory))
+        return generator
 
     @staticmethod
     def _on(
@@ -85,9 +89,7 @@ class TextGenerator:
                 f"{len(prompts)} prompts, {len(target_tokens)} lengths, {len(seeds)} seeds: give one of each"
             )
         sampling = sampling or SamplingConfig()
-        requests = [
-            Request(self.tokenizer.encode(p), n, s) for p, n, s in zip(prompts, target_tokens, seeds, strict=True)
-        ]
+        requests = [self._request(p, n, s, sampling) for p, n, s in zip(prompts, target_tokens, seeds, strict=True)]
         texts = [[] for _ in requests]  # type: list[list[int]]
         for pieces in self._pieces(requests, sampling):
             for text, piece in zip(texts, pieces, strict=True):
@@ -104,13 +106,13 @@ class TextGenerator:
         """The continuation of one prompt, block by block as it is written (all at once for a one-shot model). Without a
         `sampling` it ends with the text, or after `target_tokens`."""
         sampling = sampling or SamplingConfig(length="eos")
-        request = Request(self.tokenizer.encode(prompt), target_tokens, seed)
+        request = self._request(prompt, target_tokens, seed, sampling)
         tokens: list[int] = []
         shown = 0
         for (piece,) in self._pieces([request], sampling):
             tokens.extend(piece)
             cut = self._cut(tokens, sampling)
-            ended = len(cut) < len(tokens) or len(tokens) >= target_tokens
+            ended = len(cut) < len(tokens) or len(tokens) >= request.target_tokens
             text = self.tokenizer.decode(cut)
             if not ended:
                 text = text.rstrip("\ufffd")  # the first bytes of a character whose last ones are still to come
@@ -119,9 +121,15 @@ class TextGenerator:
             if ended:
                 return
 
+    def _request(self, prompt: str, target_tokens: int, seed: int, sampling: SamplingConfig) -> Request:
+        ids = self.tokenizer.encode(prompt)
+        if sampling.length == "sampled":
+            target_tokens = draw_target_tokens(self.window_tokens, len(ids), target_tokens, seed)
+        return Request(ids, target_tokens, seed)
+
     def _cut(self, tokens: list[int], sampling: SamplingConfig) -> list[int]:
         eos = self.tokenizer.eos_id
-        return tokens[: tokens.index(eos)] if sampling.length == "eos" and eos in tokens else tokens
+        return tokens[: tokens.index(eos)] if sampling.length != "oracle" and eos in tokens else tokens
 
     @torch.no_grad()
     def _pieces(self, requests: list[Request], sampling: SamplingConfig) -> Iterator[list[list[int]]]:

@@ -111,7 +111,7 @@ def encoder_gate(step: int, warmup_steps: int) -> float:
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """x itself, whose gradient is multiplied by `factor`."""
-    return x * factor + x.detach() * (1 - factor) if factor < 1 else x
+    return x.detach() + factor * (x - x.detach())  # in this form x keeps its bits
 
 
 class LDLMTraining(nn.Module):

@@ -102,6 +102,19 @@ def test_streaming_never_shows_half_a_character(generator: TextGenerator, monkey
     assert "é" in "".join(pieces) and not any("\ufffd" in piece for piece in pieces)
 
 
+def test_a_sampled_length_is_that_of_a_text_of_training(generator: TextGenerator) -> None:
+    """As if it had been asked for; the end of text is not barred, and cuts."""
+    ids = len(generator.tokenizer.encode(PROMPTS[0]))
+    generator.window_tokens = [2, ids + 3]
+    given = {name: SamplingConfig(steps=2, length=name) for name in ("sampled", "eos")}  # type: ignore[arg-type]
+    drawn = generator.generate(PROMPTS[:1], target_tokens=[40], seeds=[5], sampling=given["sampled"])
+    assert drawn == generator.generate(PROMPTS[:1], target_tokens=[3], seeds=[5], sampling=given["eos"])
+    assert drawn == ["".join(generator.stream(PROMPTS[0], target_tokens=40, seed=5, sampling=given["sampled"]))]
+    generator.window_tokens = []
+    with pytest.raises(ConfigError, match="without the lengths"):
+        generator.generate(PROMPTS[:1], target_tokens=[40], seeds=[5], sampling=given["sampled"])
+
+
 def test_heun_and_uniform_grids_run(generator: TextGenerator) -> None:
     sampling = SamplingConfig(steps=3, solver="heun", grid="uniform")
     assert len(generator.generate(["the"], target_tokens=[6], seeds=[0], sampling=sampling)) == 1
