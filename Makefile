@@ -45,7 +45,7 @@ small: setup
 	$(RUN) --configs launch/configs/small
 
 test: setup
-	$(BIN)/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(TESTS)
 
 check: setup
 	$(BIN)/python -m ruff check
