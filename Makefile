@@ -1,6 +1,6 @@
 # make setup        the environment in .venv (again only when the requirements change)
 # make quickstart   tokenizer, shards, AR baseline, TextVAE, TextDiT, samples, scores, report; continues where it stopped
-#                   RECIPE=default|textldm_paper|cola  NUM_PROCESSES=1  CORPUS=PATH  TEACHER=Qwen/Qwen3-1.7B
+#                   RECIPE=default|textldm_paper|cola|ldlm  NUM_PROCESSES=1  CORPUS=PATH  TEACHER=Qwen/Qwen3-1.7B
 # make small        the same at a larger scale: about an hour on 2 cores
 # make test         the tests (TESTS="-m 'not slow'", TESTS=tests/flow)
 # make check        ruff and mypy

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.files import read_log
+from evaluation.seeds import Point, points
 from evaluation.table import BY_KEY, number
 
 _COLORS = ("#2f6fab", "#c8553d", "#4d8b57", "#8a5aa8", "#c08a1e", "#3f8f94", "#a04668", "#6b7280")
@@ -90,42 +91,68 @@ def lengths_plot(results: dict[str, Any], words: dict[str, list[int]]) -> bytes 
     return _png(figure)
 
 
+_PLANES = (
+    ("entropy", "gap", "unigram entropy, nats (band: human ± 0.5)", "judge gap G"),
+    ("distinct2", "mauve", "distinct-2", "MAUVE"),
+)
+"""Variety across, quality upwards or downwards."""
+
+
 def quality_plot(results: dict[str, Any]) -> bytes | None:
-    """G against unigram entropy: a low G counts only near the human entropy."""
-    points = [
-        (
-            s["name"],
-            "sanity" if is_sanity(s) else "model",
-            s["metrics"]["entropy"]["value"],
-            s["metrics"]["gap"]["value"],
-            s["metrics"]["gap"]["spread"],
-        )
-        for s in results["systems"]
-        if s["metrics"].get("gap")
-        and s["metrics"]["gap"]["value"] is not None
-        and s["metrics"]["entropy"]["value"] is not None
-    ]
-    if not points:
+    """G against entropy, a low G counts only near the human entropy, and MAUVE against distinct-2: a point a row, or,
+    where rows name their group, a curve a group through the means over seeds, with their deviations."""
+    planes = [plane for plane in _PLANES if any(_spot(Point("", "", [s]), plane) for s in results["systems"])]
+    if not planes:
         return None
-    figure, ax = _axes()
-    human = next(p for p in points if p[0] == next(s["name"] for s in results["systems"] if s["system"] == "human"))
-    ax.axhline(0, color="#9aa3ad", lw=0.8, zorder=0)
-    ax.axvspan(human[2] - 0.5, human[2] + 0.5, color="#eef3f8", zorder=-1)
-    colors, shapes = iter(_COLORS * 9), iter("sDv^P" * 9)
-    for name, role, entropy, gap, error in points:
-        look = (
-            {"color": next(colors), "marker": "o", "ms": 7}
-            if role == "model"
-            else {"color": _GREY, "marker": next(shapes), "ms": 5}
-        )
-        ax.errorbar(entropy, gap, yerr=error or None, ls="", capsize=2, label=name, **look)
+    figure, axes = _figure(1, len(planes), width=5.6 * len(planes), height=3.6)
+    for ax, plane in zip(axes.flat, planes, strict=True):
+        _quality(ax, results["systems"], plane)
     # Beside the axes: most systems worth showing crowd near G = 0, where names would lie on each other.
-    ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    ax.set(xlabel="unigram entropy, nats (band: human ± 0.5)", ylabel="judge gap G", title="Quality against variety")
-    ax.set_xlim(
-        min(min(p[2] for p in points), human[2] - 0.5) - 0.15, max(max(p[2] for p in points), human[2] + 0.5) + 0.15
-    )
+    axes[0, -1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle("Quality against variety", fontsize=10)
     return _png(figure)
+
+
+def _quality(ax: Any, systems: Sequence[dict[str, Any]], plane: tuple[str, str, str, str]) -> None:
+    alone = [Point("", s["name"], [s]) for s in systems if not s.get("group")]
+    together = points(systems)
+    colors, shapes = iter(_COLORS * 9), iter("sDv^P" * 9)
+    for point in alone:
+        sanity = is_sanity(point.rows[0])
+        look = {"color": _GREY, "marker": next(shapes), "ms": 5} if sanity else {"color": next(colors), "marker": "o"}
+        if spot := _spot(point, plane):
+            ax.errorbar(spot[0][0], spot[1][0], yerr=spot[1][1], ls="", capsize=2, label=point.name, **look)
+    for group in dict.fromkeys(point.group for point in together):
+        spots = sorted(spot for p in together if p.group == group and (spot := _spot(p, plane)))
+        if spots:
+            (x, dx), (y, dy) = (zip(*axis, strict=True) for axis in zip(*spots, strict=True))
+
+            ax.errorbar(
+                list(x),
+                list(y),
+                xerr=list(dx),
+                yerr=list(dy),
+                color=next(colors),
+                marker="o",
+                ms=4,
+                lw=1.2,
+                elinewidth=0.7,
+                label=group,
+            )
+    if plane[1] == "gap":
+        ax.axhline(0, color="#9aa3ad", lw=0.8, zorder=0)
+        human = _spot(next(p for p in alone if p.rows[0]["system"] == "human"), plane)
+        ax.axvspan(human[0][0] - 0.5, human[0][0] + 0.5, color="#eef3f8", zorder=-1) if human else None
+    ax.set(xlabel=plane[2], ylabel=plane[3])
+
+
+def _spot(point: Point, plane: tuple[str, str, str, str]) -> tuple[tuple[float, float], tuple[float, float]] | None:
+    """((x, its deviation), (y, its deviation)) over seeds; of a row that is alone, y with the metric's own error."""
+    x, y = point.value(plane[0]), point.value(plane[1])
+    if x is None or y is None:
+        return None
+    own = point.rows[0]["metrics"][plane[1]].get("spread") if len(point.rows) == 1 else y[1]
+    return (x[0], x[1] or 0.0), (y[0], own or 0.0)
 
 
 def loss_plot(run: Path) -> bytes | None:
@@ -191,7 +218,10 @@ def reconstruction_plot(runs: Sequence[Path]) -> bytes | None:
         ax.plot(list(points), [100 * a for a in points.values()], marker="o", ms=4, color=color, label=name)
     ax.axhline(90, color="#9aa3ad", lw=0.8, ls=":")
     ax.set(
-        xlabel="share of noise in the latents", ylabel="tokens reconstructed, %", title="Reconstruction", ylim=(0, 102)
+        xlabel="noise in the latents: its share, LDLM: its deviation",
+        ylabel="tokens reconstructed, %",
+        title="Reconstruction",
+        ylim=(0, 102),
     )
     ax.legend(fontsize=8, frameon=False)
     return _png(figure)

@@ -13,6 +13,7 @@ from evaluation import plots
 from evaluation.files import atomic_write, read_jsonl
 from evaluation.manifest import Manifest, load_manifest
 from evaluation.scoring import load_results
+from evaluation.seeds import Point, points
 from evaluation.table import BY_KEY, COLUMNS, MARKS, cell, footnotes, number
 from megatext.data import DataError
 
@@ -21,6 +22,17 @@ _PUBLISHED = Path(__file__).parent / "published.yaml"
 _PAPER = tuple(column.key for column in COLUMNS if column.family == "paper")
 # The rest is in the CSV: nll is the logarithm of the perplexity.
 _MORE = tuple(c.key for c in COLUMNS if c.family != "paper" and c.key not in ("nll", "distinct3"))
+_SEEDS = (
+    "gap",
+    "generative_perplexity",
+    "entropy",
+    "distinct2",
+    "self_bleu",
+    "repetition4",
+    "rougeL",
+    "mauve",
+    "seconds",
+)
 _NO_TEXT = "(nothing)"
 
 
@@ -81,7 +93,7 @@ def write_report(output: Path, directories: Sequence[Path], runs: Sequence[Path]
     for task in tasks:
         if sum(other.name == task.name for other in tasks) > 1:
             raise DataError(f"two results of the task {task.name}: a report shows one manifest of a task")
-    tables = [_paper_table(tasks), *(_more_table(task) for task in tasks)]
+    tables = [_paper_table(tasks), *(_more_table(task) for task in tasks), *filter(None, map(_seeds_table, tasks))]
     drawn = _draw(tasks, runs)
     for name, png in drawn.items():
         atomic_write(output / "plots" / f"{name}.png", png)
@@ -154,6 +166,29 @@ def _more_table(task: TaskResults) -> Table:
     headings = [(BY_KEY[key].heading, BY_KEY[key].help) for key in keys]
     title = f"Fluency, diversity and cost: {task.name}"
     return Table(title, [(task.name, len(keys))], headings, rows, _notes(task, _MORE))
+
+
+def _seeds_table(task: TaskResults) -> Table | None:
+    """A group and its sampling a row, where a systems file names groups."""
+    found = points(task.results["systems"])
+    keys = [key for key in _SEEDS if any(point.value(key) for point in found)]
+    if not keys:
+        return None
+    rows = [
+        Row(p.name, "model", [Cell(str(len(p.rows)), sort=str(len(p.rows))), *(_mean(p, key) for key in keys)])
+        for p in found
+    ]
+    headings = [("seeds", "Rows of this group and sampling."), *((BY_KEY[k].heading, BY_KEY[k].help) for k in keys)]
+    notes = ["Mean over the seeds ± their standard deviation."]
+    return Table(f"Over seeds: {task.name}", [(task.name, len(headings))], headings, rows, notes)
+
+
+def _mean(point: Point, key: str) -> Cell:
+    found, digits = point.value(key), BY_KEY[key].digits
+    if found is None:
+        return Cell("-")
+    mean, deviation = found
+    return Cell(f"{mean:.{digits}f}", sort=repr(mean), spread="" if deviation is None else f"±{deviation:.{digits}f}")
 
 
 def _with_values(task: TaskResults, keys: Iterable[str]) -> list[str]:

@@ -232,6 +232,7 @@ def _row(scoring: Any, i: int, judge: str | None) -> dict[str, Any]:
         "name": item.entry.name,
         "system": item.entry.system,
         "sampling": item.entry.sampling,
+        "group": item.entry.group,
         "dtype": item.entry.dtype,
         "batch_size": item.entry.batch_size,
         "fingerprint": item.fingerprint,

@@ -1,6 +1,6 @@
 """From raw text to scored samples: prints every stage's command, runs it, continues where it was interrupted.
 
-python launch/quickstart.py --configs launch/configs/quickstart [--recipe default|textldm_paper|cola]
+python launch/quickstart.py --configs launch/configs/quickstart [--recipe default|textldm_paper|cola|ldlm]
 """
 
 import argparse
@@ -20,7 +20,7 @@ def main() -> None:
     """Build the stages, run them, show the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--configs", type=Path, required=True, metavar="DIR", help="preset, a folder of launch/configs")
-    parser.add_argument("--recipe", choices=RECIPES, default="default", help="how the TextDiT is trained")
+    parser.add_argument("--recipe", choices=RECIPES, default="default", help="which system is trained")
     parser.add_argument("--num_processes", type=int, default=1, metavar="N", help="ranks of every training stage")
     parser.add_argument("--corpus", metavar="INPUT", help="text instead of the preset's, as data_tools.shard takes it")
     parser.add_argument("--teacher", metavar="MODEL", help="Hugging Face causal LM to align with, not the baseline")

@@ -11,9 +11,6 @@ from megatext.recipes import build_recipe, config_class, needed_by
 from megatext.tokenizer import load_tokenizer
 from megatext.training.run_config import RunConfig
 
-QWEN3_VOCABULARY = 151_669
-"""Entries of Qwen3's tokenizer, which the paper's presets are for."""
-
 
 def launch(config_name: str, argv: list[str]) -> None:
     """Train what `argv` configures, a `config_name` of the registry of recipes. Every process of the run calls it."""
@@ -43,11 +40,14 @@ def dry_run(config: RunConfig, deepspeed_config: Path | None) -> None:
     processes = start_processes()
     config = with_precision(config, processes)
     tokenizer = local_folder(config.data.shards) / TOKENIZER_FOLDER
-    vocab_size = load_tokenizer(tokenizer).vocab_size if tokenizer.is_dir() else QWEN3_VOCABULARY
+    presumed, vocab_size = config.vocabulary
+    told = f" ({presumed}, as there are no shards yet)"
+    if tokenizer.is_dir():
+        vocab_size, told = load_tokenizer(tokenizer).vocab_size, ""
     text = describe(config, vocab_size, deepspeed_config, processes.world)
     absent = [path for path in needed_by(config) if not Path(path).is_dir()]
     if processes.is_main:
-        print(f"vocabulary      {vocab_size:,}{'' if tokenizer.is_dir() else ' (Qwen3, as there are no shards yet)'}")
+        print(f"vocabulary      {vocab_size:,}{told}")
         print(text, flush=True)
     if absent:
         if processes.is_main:

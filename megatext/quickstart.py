@@ -18,7 +18,7 @@ from data_tools.sources import describe
 from megatext.config import ConfigError, from_dict
 from megatext.stages import Stage
 
-RECIPES = ("default", "textldm_paper", "cola")
+RECIPES = ("default", "textldm_paper", "cola", "ldlm")
 RUNS = {
     "lm": "lm",
     "vae": "vae",
@@ -27,6 +27,7 @@ RUNS = {
     "dit_textldm_paper": "dit",
     "vae_cola": "vae",
     "dit_cola": "cola",
+    "dit_ldlm": "ldlm",
 }
 """Training run, which is also the name of its configuration -> launch/pretrain_*.py."""
 
@@ -100,8 +101,13 @@ class Quickstart:
         )
 
     def _training(self, teacher: str | None) -> tuple[str, list[str]]:
-        """Name of the DiT's run, and the directories of all runs."""
+        """Name of the denoiser's run, and the directories of all runs."""
         self._train("lm", needs=["shard"])
+        if self.recipe == "ldlm":
+            if teacher:
+                raise ConfigError("--teacher: LDLM here reads the baseline's states; docs/ldlm.md has other models'")
+            self._train("dit_ldlm", needs=["shard", self._export_of("language_model", ["lm"], "dit_ldlm")])
+            return "dit_ldlm", [self._read(run)["run_dir"] for run in ("lm", "dit_ldlm")]
         if self.recipe == "cola":  # no teacher
             self._train("vae_cola", needs=["shard"])
             return self._denoiser("dit_cola", ["vae_cola"])
@@ -122,15 +128,15 @@ class Quickstart:
 
     def _denoiser(self, dit: str, vaes: list[str]) -> tuple[str, list[str]]:
         """Train the denoiser on one of `vaes`; its run's name, and the directories of all runs."""
-        system = self._read(dit)[RUNS[dit]]
-        needs = ["shard", self._export_of("vae", system["vae"], vaes, dit)]
-        if system.get("warm_start"):
-            needs.append(self._export_of("warm_start", system["warm_start"], ["lm"], dit))
+        needs = ["shard", self._export_of("vae", vaes, dit)]
+        if self._read(dit)[RUNS[dit]].get("warm_start"):
+            needs.append(self._export_of("warm_start", ["lm"], dit))
         self._train(dit, needs=needs)
         return dit, [self._read(run)["run_dir"] for run in ["lm", *vaes, dit]]
 
-    def _export_of(self, key: str, directory: str, runs: list[str], dit: str) -> str:
+    def _export_of(self, key: str, runs: list[str], dit: str) -> str:
         """The stage that exports the model which `dit` names under `key`; it has to be one of `runs`."""
+        directory = self._read(dit)[RUNS[dit]][key]
         for run in runs:
             if self._model(run) == Path(directory):
                 return f"export_{run}"

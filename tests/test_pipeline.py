@@ -58,7 +58,7 @@ def tiny_preset(directory: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize(("recipe", "processes"), [("cola", 1), ("default", 2)])
+@pytest.mark.parametrize(("recipe", "processes"), [("cola", 1), ("ldlm", 1), ("default", 2)])
 def test_from_text_to_report(tmp_path: Path, recipe: str, processes: int) -> None:
     preset, text = tiny_preset(tmp_path), corpus(tmp_path / "corpus.jsonl")
     options = ["--configs", str(preset), "--recipe", recipe, "--corpus", str(text), "--num_processes", str(processes)]

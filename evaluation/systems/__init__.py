@@ -27,6 +27,9 @@ class SystemEntry:
     """Keys of SamplingConfig for a diffusion model, of CausalSampling for a causal LM; a function's keywords."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Of the model's weights and activations."""
+    group: str = ""
+    """Rows of one group and the same sampling are seeds of one system: the report has their means and deviations, and
+    joins a group's ways of sampling in its plot of quality against variety."""
     batch_size: int = 100
     """Texts written at once; a text does not depend on its neighbours but for rounding."""
     unconditional: int = 0

@@ -113,15 +113,15 @@ class LatentAutoencoder(nn.Module):
         """A language model's states `[..., hidden_channels]`, float32, on the scale of all that follows."""
         return (states.float() - self.hidden_mean) / self.hidden_std
 
-    def encode_states(self, states: Tensor, layout: Layout) -> Tensor:
-        """Latents, float32 `[rows, tokens, latent_channels]`, of standardised states.
+    def bounded_latents(self, states: Tensor, layout: Layout) -> Tensor:
+        """float32 `[rows, tokens, latent_channels]` of standardised states, each of mean square 1: noise that is added
+        to them cannot be escaped by growing."""
+        return self.scale(self.encoder(states, layout).float())
 
-        Noise that is added to them cannot be escaped by growing: a norm without parameters bounds every latent, and
-        each channel is brought to variance 1, or the part that all tokens share would take most of the scale."""
-        bounded = self.scale(self.encoder(states, layout).float())
-        if self.training:
-            self.standard.observe(bounded, layout.real)
-        return self.standard(bounded)
+    def encode_states(self, states: Tensor, layout: Layout) -> Tensor:
+        """Latents, float32 `[rows, tokens, latent_channels]`, of standardised states: bounded ones, each channel
+        brought to variance 1, or the part that all tokens share would take most of the scale."""
+        return self.standard(self.bounded_latents(states, layout))
 
     def decode_states(self, latents: Tensor, layout: Layout) -> Tensor:
         """Standardised states, float32 `[rows, tokens, hidden_channels]`."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,7 @@ class LDLMRecipeConfig:
 class PretrainLDLMConfig(RunConfig):
     """launch/pretrain_ldlm.py"""
 
+    vocabulary: ClassVar = ("GPT-2", 50_257)
     ldlm: LDLMRecipeConfig
     """The system."""
 
@@ -112,6 +113,15 @@ def encoder_gate(step: int, warmup_steps: int) -> float:
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """x itself, whose gradient is multiplied by `factor`."""
     return x.detach() + factor * (x - x.detach())  # in this form x keeps its bits
+
+
+def latent_rank(latents: Tensor, real: Tensor) -> Tensor:
+    """How many directions latents `[rows, tokens, channels]` use where `real`, float64 between 1 and channels: the
+    participation ratio (tr C)^2 / tr C^2 of their covariance C."""
+    weight = real.float()[..., None]
+    centred = (latents - (weight * latents).sum(dim=(0, 1)) / weight.sum().clamp(min=1.0)) * weight
+    covariance = torch.einsum("rtc,rtd->cd", centred, centred).double()
+    return covariance.trace().square() / covariance.square().sum().clamp(min=1e-30)
 
 
 class LDLMTraining(nn.Module):
@@ -134,7 +144,10 @@ class LDLMTraining(nn.Module):
         columns, channels]`; `gate` of L_diff's gradient into the encoder."""
         network, by_tokens = self.autoencoder, self.config.decoder_loss == "cross_entropy"
         layout, real = shot.layout.separated(), shot.layout.real
-        latents = network.encode_states(states, shot.layout)
+        bounded = network.bounded_latents(states, shot.layout)
+        if self.training:
+            network.standard.observe(bounded, real)
+        latents = network.standard(bounded)
         output: Output = self.denoiser(
             **shot.inputs(tokens, scale_gradient(latents, gate)), self_condition=self_condition
         )
@@ -145,7 +158,8 @@ class LDLMTraining(nn.Module):
         if not by_tokens:
             output.loss_sums["hidden"] = objectives.masked_sum(objectives.squared_error(decoded, states), real)[0]
         hits, count = (logits.detach().argmax(dim=-1) == tokens) & real, real.sum().double()
-        output.metrics |= {"accuracy": (hits.sum().double(), count), **latent_health(latents.detach(), real)}
+        output.metrics |= {"accuracy": (hits.sum().double(), count), **latent_health(bounded.detach(), real)}
+        output.metrics["latent_rank"] = (latent_rank(bounded.detach(), real), torch.ones_like(count))
         output.metrics["gate"] = (gate * torch.ones_like(count), torch.ones_like(count))
         if not self.training:
             output.metrics |= self._accuracy_at_noise(tokens, latents, shot, decoder_noise)
@@ -221,10 +235,10 @@ class LDLMRecipe(Recipe):
 
     def warnings(self, figures: Mapping[str, float]) -> list[str]:
         channels = self.config.autoencoder.latent_channels
-        if figures["active_units"] < channels / 2 or figures["latent_variance"] < 0.1:
+        if figures["active_units"] < channels / 2 or figures["latent_rank"] < 2.0:
             return [
-                f"the latents collapse: {figures['active_units']:.0f} of {channels} channels vary, on average by "
-                f"{figures['latent_variance']:.3f} (of at most 1)"
+                f"the latents collapse: {figures['active_units']:.0f} of {channels} channels vary, in "
+                f"{figures['latent_rank']:.1f} directions"
             ]
         return []
 

@@ -45,15 +45,23 @@ def start_processes() -> Processes:
         _keep_freed_memory()
     for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, alone)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port()) if os.environ["WORLD_SIZE"] == "1" else "29500"
+    if os.environ["WORLD_SIZE"] == "1":  # nobody else has to know it: two runs on a machine do not meet
+        os.environ["MASTER_PORT"] = str(_free_port())
+    os.environ.setdefault("MASTER_PORT", "29500")
     deepspeed = import_deepspeed()
     # The shared-memory all-reduce for CPU ranks is compiled at first use, which needs ninja, a compiler and half a
     # minute; gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        told = f"port {port} is taken, by another run on this machine? Give one that is free: deepspeed --master_port N"
+        raise ConfigError(told) from None
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 

@@ -1,11 +1,14 @@
 """What a run would cost, before it costs it: parameters, FLOPs, memory for each ZeRO stage."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatext.recipes import meta_module, passes_of
@@ -59,7 +62,7 @@ def row_flops(config: RunConfig, module: nn.Module, vocab_size: int) -> RowFlops
     module.train()
     trained = frozen = recomputed = 0.0
     for one in passes_of(config, module, vocab_size):
-        with torch.device("meta"), torch.set_grad_enabled(one.trained), _Counter() as counter:
+        with torch.device("meta"), torch.set_grad_enabled(one.trained), _plain_linear(), _Counter() as counter:
             one.run()
         recomputed += one.share * counter.recomputed
         if one.trained:
@@ -67,6 +70,18 @@ def row_flops(config: RunConfig, module: nn.Module, vocab_size: int) -> RowFlops
         else:
             frozen += one.share * counter.total
     return RowFlops(trained, recomputed, frozen)
+
+
+@contextmanager
+def _plain_linear() -> Iterator[None]:
+    """torch's own linear: under ZeRO-3 DeepSpeed puts a function in its place that runs without gradients on, so that
+    its backward pass would not be counted."""
+    replaced = functional.linear
+    functional.linear = torch._C._nn.linear
+    try:
+        yield
+    finally:
+        functional.linear = replaced
 
 
 class _Counter(TorchDispatchMode):

@@ -21,12 +21,14 @@ PANELS = {
     "latent variance a channel": ["latent_variance"],
     "latent mean a channel, absolute": ["latent_mean_abs"],
     "active units": ["active_units"],
+    "directions that latents use": ["latent_rank"],
+    "gate of the flow's gradient into the encoder": ["gate"],
 }
 """Title -> keys of the records; the first is drawn solid, the second dashed, a panel without data is left out."""
 BINS = {
     "loss by timestep": r"loss_t(\d)$",
     "decode accuracy by noise level, in training": r"accuracy_s(\d)$",
-    "decode accuracy by noise level": r"accuracy_at_(0\.\d)$",
+    "decode accuracy by noise level": r"accuracy_at_(\d\.\d)$",
 }
 """Title -> keys whose number is the abscissa, drawn for each run's last record that has them."""
 COLUMNS = 3

@@ -1,7 +1,7 @@
 """The sections of a configuration that every training run has, whatever it trains."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from megatext.config import ConfigError
 from megatext.data.stream import DataConfig
@@ -61,6 +61,8 @@ class TrainingConfig:
 class RunConfig:
     """A training run. Launchers extend it by the sections of their recipe."""
 
+    vocabulary: ClassVar[tuple[str, int]] = ("Qwen3", 151_669)
+    """The tokenizer that a dry run presumes where there are no shards yet, and its entries."""
     run_dir: str
     """Where the run lives: config.yaml, metrics.jsonl, checkpoints/, samples/."""
     seed: int = 0

@@ -23,6 +23,7 @@ from megatext.data.hidden_states import HiddenStates, read_states_manifest
 from megatext.data.shards import read_manifest, split_fingerprint
 from megatext.data.tar_index import TarIndex
 from megatext.recipes.text_vae import PretrainVAEConfig, teacher_of
+from megatext.training.engine import _free_port
 from tests.data_tools.test_shard import ROOT, TEXTS, json_lines, tree
 
 SMALL: dict[str, Any] = {
@@ -199,7 +200,8 @@ def test_ranks_and_interruptions_leave_the_same_bytes(model: Path, tmp_path: Pat
     subprocess.run([sys.executable, *command(model, output)], cwd=ROOT, check=True, capture_output=True)
     assert contents(output) == expected
 
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--quiet", "--num_gpus", "2", "--module"]
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--quiet", "--num_gpus", "2"]
+    launcher += ["--master_port", str(_free_port()), "--module"]
     together = tmp_path / "together"
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -1,5 +1,6 @@
 """LDLM's four ingredients against independent arithmetic, each alone; what knows what; what is exported."""
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ from megatext.nn.perceiver import LatentAutoencoderConfig, Perceiver, RunningSta
 from megatext.recipes.base import Output, Prepared
 from megatext.recipes.denoiser import FlowConfig
 from megatext.recipes.hidden_autoencoder import states_of_rows
-from megatext.recipes.ldlm import LDLMRecipe, LDLMRecipeConfig, encoder_gate, make_module
+from megatext.recipes.ldlm import LDLMRecipe, LDLMRecipeConfig, encoder_gate, latent_rank, make_module
 from megatext.recipes.text_vae import TeacherStatistics
 from tests.recipes.rows import make_batch
 
@@ -290,11 +291,27 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], told: str) -> Non
         make_module(replace(CONFIG, **options), 10, 60)
 
 
+def test_the_rank_of_latents_counts_the_directions_they_vary_in() -> None:
+    torch.manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(16, 16))[0]
+    for used in (1, 3, 8):
+        signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=used)))  # equal variances, no covariance
+        assert rank_of(5.0 + signs @ directions[:used]) == pytest.approx(used, rel=1e-5)
+    uneven = torch.tensor([[3.0, 1.0], [3.0, -1.0], [-3.0, 1.0], [-3.0, -1.0]]) @ directions[:2]
+    assert rank_of(uneven) == pytest.approx((9 + 1) ** 2 / (81 + 1), rel=1e-5)
+
+
+def rank_of(latents: Tensor) -> float:
+    """Of latents `[tokens, channels]`, beside as many that are not real."""
+    real = torch.tensor([[True] * len(latents) + [False] * len(latents)])
+    return latent_rank(torch.cat([latents, 100 * torch.randn_like(latents)])[None], real).item()
+
+
 def test_collapse_is_told() -> None:
     recipe = make_recipe()
-    assert not recipe.warnings({"active_units": 6.0, "latent_variance": 0.9})
-    assert "the latents collapse: 2 of 6" in recipe.warnings({"active_units": 2.0, "latent_variance": 0.9})[0]
-    assert recipe.warnings({"active_units": 6.0, "latent_variance": 0.05})
+    assert not recipe.warnings({"active_units": 6.0, "latent_rank": 3.5})
+    assert "the latents collapse: 2 of 6 channels" in recipe.warnings({"active_units": 2.0, "latent_rank": 3.5})[0]
+    assert "in 1.2 directions" in recipe.warnings({"active_units": 6.0, "latent_rank": 1.2})[0]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3", "bert"])

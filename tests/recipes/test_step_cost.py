@@ -20,7 +20,7 @@ from megatext.recipes.base import Recipe
 from megatext.recipes.causal_lm import PretrainLMConfig
 from megatext.recipes.pretrained import write_model
 from megatext.recipes.text_vae import PretrainVAEConfig
-from megatext.training.engine import start_processes
+from megatext.training.engine import import_deepspeed, start_processes
 from megatext.training.estimate import row_flops
 from megatext.training.metrics import Meter
 from megatext.training.run_config import RunConfig
@@ -95,6 +95,15 @@ def test_flops_are_those_of_a_step(name: str, shards: Path, tmp_path: Path, vaes
     assert found.total * len(batch.tokens) == pytest.approx(executed, rel=0.02)
     assert (found.frozen > 0) == (name not in ("lm", "vae"))
     assert found.recomputed > 0
+
+
+def test_flops_are_the_same_once_zero_3_has_begun(
+    shards: Path, tmp_path: Path, vaes: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configuration("lm", shards, tmp_path, vaes)
+    found = row_flops(config, meta_module(config, 300), 300)
+    monkeypatch.setattr("torch.nn.functional.linear", import_deepspeed().runtime.zero.linear.zero3_linear_wrap)
+    assert row_flops(config, meta_module(config, 300), 300) == found
 
 
 def test_recomputation_is_not_the_models(shards: Path, tmp_path: Path, vaes: dict[str, str]) -> None:
