@@ -81,6 +81,15 @@ class AdaptiveTimestepConfig:
     floor: float = 0.01
     """Least density, as a share of the uniform one: no timestep is ever given up."""
 
+    def __post_init__(self) -> None:
+        if self.bins == 1 or self.bins < 0 or not 0 < self.floor <= 1:
+            raise ConfigError("adaptive_timesteps: bins must be 0 or at least 2, floor above 0 and at most 1")
+        if not 0 <= self.decay < 1 or self.refresh_steps * (1 - self.decay) < 1:
+            raise ConfigError(
+                "adaptive_timesteps: a refresh that sees losses from before the last one takes their fall for a peak; "
+                f"at decay {self.decay} refresh_steps must be at least 1 / (1 - decay), not {self.refresh_steps}"
+            )
+
 
 class AdaptiveTimesteps(nn.Module):
     """The sampler's state, in buffers, so that checkpoints hold it. All ranks have the same."""
@@ -92,7 +101,7 @@ class AdaptiveTimesteps(nn.Module):
     def __init__(self, config: AdaptiveTimestepConfig) -> None:
         super().__init__()
         self.config = config
-        # sums and counts decay alike: a bin that is drawn rarely has as honest a mean as another
+        # sums and counts decay alike: a bin that is drawn rarely keeps its mean, though an older one
         self.register_buffer("loss_sum", torch.zeros(config.bins))
         self.register_buffer("loss_count", torch.zeros(config.bins))
         self.register_buffer("probabilities", torch.full((config.bins,), 1.0 / config.bins))
@@ -107,10 +116,11 @@ class AdaptiveTimesteps(nn.Module):
         found = torch.stack(objectives.by_timestep_bin(per_token.detach(), t, mask, self.config.bins))
         self.pending = found if self.pending is None else self.pending + found
 
-    def end_of_step(self, step: int) -> None:
-        """Merge what all ranks noted in step number `step`, from 0. A collective."""
+    def end_of_step(self, step: int, applied: bool = True) -> None:
+        """Merge what all ranks noted in step number `step`, from 0, or forget it where it was not applied, as its
+        losses need not be finite. A collective."""
         found, self.pending = self.pending, None
-        if found is None:
+        if found is None or not applied:
             return
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             torch.distributed.all_reduce(found)
@@ -124,11 +134,19 @@ def probabilities_of(loss_sum: Tensor, loss_count: Tensor, floor: float) -> Tens
     """Probabilities `[bins]` in proportion to the increase of the mean loss over each bin, at least `floor` times the
     uniform ones; uniform while a bin was never drawn (LDLM Eq. 5).
 
-    The loss at a bin's ends is the mean of it and its neighbour's; beyond the outer bins it goes on as within."""
-    mean = loss_sum.double() / loss_count.double()
+    More noise never makes x0 easier to tell, so the means are first made to rise with t (isotonic regression, weighted
+    by the counts): otherwise the sampler chases their noise. The loss at a bin's ends is the mean of it and its
+    neighbour's; beyond the outer bins it goes on as within. On a GPU the host waits for the counts."""
+    from sklearn.isotonic import isotonic_regression
+
+    uniform = torch.full((len(loss_sum),), 1 / len(loss_sum), dtype=torch.float64)
+    sums, counts = loss_sum.double().cpu(), loss_count.double().cpu()
+    mean = sums / counts
+    if not bool(mean.isfinite().all()):
+        return uniform.to(loss_sum.device)
+    mean = torch.from_numpy(isotonic_regression(mean.numpy(), sample_weight=counts.numpy()))
     inner = (mean[1:] + mean[:-1]) / 2
     first, last = 2 * mean[:1] - inner[:1], 2 * mean[-1:] - inner[-1:]
-    rise = torch.cat((first, inner, last)).diff().clamp(min=0)
-    uniform = torch.full_like(rise, 1 / len(rise))
+    rise = torch.cat((first, inner, last)).diff()
     share = (1 - floor) * rise / rise.sum() + floor * uniform
-    return torch.where(torch.isfinite(share).all(), share, uniform)
+    return (share if float(rise.sum()) > 0 else uniform).to(loss_sum.device)

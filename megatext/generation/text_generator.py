@@ -141,6 +141,8 @@ class TextGenerator:
             raise ConfigError("the ancestral solver needs a model that ends in token logits (token_cross_entropy)")
         if sampling.history == "latents" and self.module.table is not None:
             raise ConfigError("history: latents is for models that end in latents; this one ends in tokens")
+        if self.flow.unconditional_probability == 1 and not self.flow.block_tokens and any(r.prompt for r in requests):
+            raise ConfigError('the model was trained to write from nothing only: its prompt is ""')
         sizes = {self.flow.block_tokens, *self.flow.training_block_tokens}
         if sampling.block_tokens and (not self.flow.block_tokens or sampling.block_tokens not in sizes):
             trained = f"in blocks of {', '.join(map(str, sorted(sizes)))}" if self.flow.block_tokens else "in one shot"

@@ -71,8 +71,9 @@ class Recipe(ABC):
     def loss_weights(self, step: int) -> dict[str, float]:
         """Weight of every loss term at a step (KL warm-up lives here). Total = sum_k weight_k * sum_k / count_k."""
 
-    def end_of_step(self, step: int) -> None:
-        """Called on every rank after step number `step`, from 0, has been taken: for what follows the loss."""
+    def end_of_step(self, step: int, applied: bool) -> None:
+        """Called on every rank after step number `step`, from 0: for what follows the loss. Not `applied`: something in
+        it was not finite, and the weights are as they were."""
 
     def warnings(self, figures: Mapping[str, float]) -> list[str]:
         """What a person should be told of the figures of a log line."""

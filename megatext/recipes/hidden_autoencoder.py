@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from megatext.config import from_dict
+from megatext.config import ConfigError, from_dict
 from megatext.data.teacher import Teacher, load_teacher
 from megatext.nn.layout import Layout, allowed
 from megatext.nn.perceiver import LatentAutoencoder, LatentAutoencoderConfig
@@ -37,11 +37,12 @@ def states_of_rows(teacher: Teacher, tokens: Tensor, layout: Layout, causal: boo
     """A language model's states, float32 `[rows, columns, width]`, of packed rows of tokens `[rows, columns]`: every
     segment is read alone and from its start, a target without its context where the model is not `causal`. Rows stay
     rows, so that nothing waits for the device to count; what stands on padding means nothing."""
+    position = layout.position.masked_fill(~layout.real, 0)  # beyond the end of a row there may be no position
     seen = allowed("causal", layout, layout) if causal else allowed("full", layout.separated(), layout.separated())
     dtype = teacher.model.dtype
     mask = torch.zeros(seen.shape, dtype=dtype, device=tokens.device).masked_fill(~seen, torch.finfo(dtype).min)
     found = teacher.model(
-        input_ids=tokens, attention_mask=mask[:, None], position_ids=layout.position, output_hidden_states=True
+        input_ids=tokens, attention_mask=mask[:, None], position_ids=position, output_hidden_states=True
     )
     return found.hidden_states[teacher.layer].float()
 
@@ -67,6 +68,10 @@ class HiddenAutoencoder(nn.Module):
             return torch.zeros(*tokens.shape, self.config.latent_channels, device=tokens.device), None, None
         if self._teacher is None:
             self._teacher = _load(*self._source, str(tokens.device))
+        longest = int(layout.position[layout.real].max()) + 1
+        most = getattr(self._teacher.model.config.get_text_config(), "max_position_embeddings", longest)
+        if longest > most:
+            raise ConfigError(f"a prompt of {longest} tokens: the language model reads {most} at most")
         states = states_of_rows(self._teacher, tokens, layout, self._causal)
         return self.network.encode_states(self.network.standardise(states), layout), None, None
 
@@ -90,7 +95,12 @@ def write_hidden_autoencoder(
 ) -> None:
     """Write it, the language model with it."""
     write_model(output, KIND, config, weights, tokenizer=language_model)
-    shutil.copytree(language_model, output / LANGUAGE_MODEL, dirs_exist_ok=True)
+    folder = output / LANGUAGE_MODEL
+    folder.mkdir(exist_ok=True)
+    weights_files = ".safetensors" if any(language_model.glob("*.safetensors")) else ".bin"
+    for file in language_model.iterdir():  # a download may have the weights of other frameworks too
+        if file.is_file() and file.suffix in (".json", ".txt", ".model", weights_files):
+            shutil.copy2(file, folder)
 
 
 def is_hidden_autoencoder(directory: Path) -> bool:

@@ -15,6 +15,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ from megatext.data.hidden_states import read_states_manifest
 from megatext.data.packing import TokenBatch
 from megatext.data.remote import is_remote, local_folder
 from megatext.data.stream import TokenStream
-from megatext.data.teacher import load_teacher
+from megatext.data.teacher import Teacher, fingerprint, load_teacher
 from megatext.flow import objectives
 from megatext.nn.blocks import initialise
 from megatext.nn.dit import TextDiTConfig
@@ -56,9 +57,11 @@ from megatext.training.run_config import RunConfig
 
 NOISE_LEVELS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)
 """Deviations of the decoder's input noise at which decoding is measured in validation; latents have mean square 1."""
-STATISTICS_ROWS = 64
-"""Rows of the first step, at most, whose states give the language model's mean and deviation a channel, where no
-extracted states tell them."""
+STATISTICS_TOKENS = 4096
+"""Tokens of the first step's rows, about, on which means and deviations are measured before training: of the untrained
+latents, and of the language model's states where no extracted ones tell them."""
+MIN_TOKENS = 4
+"""A shorter text does not tell whether a language model is causal."""
 GATE_STEEPNESS, GATE_CENTRE = 10.0, 0.8
 """Of the warm-up (LDLM Eq. 29-30; the papers' k and c)."""
 
@@ -144,10 +147,7 @@ class LDLMTraining(nn.Module):
         columns, channels]`; `gate` of L_diff's gradient into the encoder."""
         network, by_tokens = self.autoencoder, self.config.decoder_loss == "cross_entropy"
         layout, real = shot.layout.separated(), shot.layout.real
-        bounded = network.bounded_latents(states, shot.layout)
-        if self.training:
-            network.standard.observe(bounded, real)
-        latents = network.standard(bounded)
+        latents = network.encode_states(states, shot.layout)
         output: Output = self.denoiser(
             **shot.inputs(tokens, scale_gradient(latents, gate)), self_condition=self_condition
         )
@@ -158,8 +158,8 @@ class LDLMTraining(nn.Module):
         if not by_tokens:
             output.loss_sums["hidden"] = objectives.masked_sum(objectives.squared_error(decoded, states), real)[0]
         hits, count = (logits.detach().argmax(dim=-1) == tokens) & real, real.sum().double()
-        output.metrics |= {"accuracy": (hits.sum().double(), count), **latent_health(bounded.detach(), real)}
-        output.metrics["latent_rank"] = (latent_rank(bounded.detach(), real), torch.ones_like(count))
+        output.metrics |= {"accuracy": (hits.sum().double(), count), **latent_health(latents.detach(), real)}
+        output.metrics["latent_rank"] = (latent_rank(latents.detach(), real), torch.ones_like(count))
         output.metrics["gate"] = (gate * torch.ones_like(count), torch.ones_like(count))
         if not self.training:
             output.metrics |= self._accuracy_at_noise(tokens, latents, shot, decoder_noise)
@@ -189,49 +189,56 @@ class LDLMRecipe(Recipe):
         self.tokenizer_fingerprint = tokenizer.fingerprint()
         self.built_on = {"ldlm.language_model": weights_hash(self.language_model)}
         self.reads_states = bool(config.data.states())
-        self.teacher = load_teacher(
-            str(self.language_model),
-            config.ldlm.layer,
-            "cpu",
-            tokenizer_fingerprint=self.tokenizer_fingerprint,
-            max_tokens=config.data.max_tokens,
-        )
-        self.statistics = self._statistics(config)
-        self.module = make_module(config.ldlm, self.teacher.width, tokenizer.vocab_size)
+        self.teacher: Teacher | None = None
+        if self.reads_states:
+            check_states(config.data.states()[0], config.ldlm)  # the other sources' are of the same model
+            self.statistics = TeacherStatistics.load(config.data.states()[0])
+        else:
+            self.teacher = load_teacher(
+                str(self.language_model),
+                config.ldlm.layer,
+                "cpu",
+                tokenizer_fingerprint=self.tokenizer_fingerprint,
+                max_tokens=config.data.max_tokens,
+            )
+            if "position_ids" not in signature(self.teacher.model.forward).parameters:
+                raise ConfigError(f"ldlm.language_model {self.language_model} takes no positions: no packed rows")
+        self._initialise(config, tokenizer.vocab_size)
+
+    @torch.no_grad()
+    def _initialise(self, config: PretrainLDLMConfig, vocab_size: int) -> None:
+        """The module with its first weights, and with the means and deviations of the first rows."""
+        stream = TokenStream(config.data, seed=self.seed, rows_per_step=config.training.rows_per_step)
+        rows = slice(0, max(1, STATISTICS_TOKENS // config.data.row_tokens))
+        batch = only_extracted(stream.batch(stream.plan(0), rows))
+        layout = Layout.of(batch.segment, batch.position)
+        states = batch.hidden
+        if self.teacher is not None:
+            causal = self.teacher.is_causal(longest_window(batch))
+            states = states_of_rows(self.teacher, batch.tokens, layout, causal)
+            real = states[layout.real].double()
+            self.statistics = TeacherStatistics(real.mean(dim=0).float(), real.std(dim=0).float(), causal)
+        assert states is not None
+        self.module = make_module(config.ldlm, states.shape[-1], vocab_size)
         initialise(
             self.module, lambda name, p: torch.randn(p.shape, generator=rng.generator(self.seed, f"init/{name}"))
         )
-        self.module.autoencoder.hidden_mean.copy_(self.statistics.mean)
-        self.module.autoencoder.hidden_std.copy_(self.statistics.std.clamp(min=1e-6))
-
-    def _statistics(self, config: PretrainLDLMConfig) -> TeacherStatistics:
-        if self.reads_states:
-            place = config.data.states()[0]
-            check_states(place, config.ldlm)
-            return TeacherStatistics.load(place)
-        stream = TokenStream(config.data, seed=config.seed, rows_per_step=config.training.rows_per_step)
-        batch = stream.batch(stream.plan(0), slice(0, STATISTICS_ROWS))
-        if "position_ids" not in signature(self.teacher.model.forward).parameters:
-            raise ConfigError(
-                f"ldlm.language_model {self.language_model} takes no positions, so it cannot read packed rows: extract "
-                "its states with `python -m data_tools.extract_hidden_states`, and name them as data.hidden_states"
-            )
-        causal = self.teacher.is_causal(batch.tokens[0][batch.segment[0] == 0].numpy())
-        layout = Layout.of(batch.segment, batch.position)
-        states = states_of_rows(self.teacher, batch.tokens, layout, causal)[layout.real].double()
-        return TeacherStatistics(states.mean(dim=0).float(), states.std(dim=0).float(), causal)
+        autoencoder = self.module.autoencoder
+        autoencoder.hidden_mean.copy_(self.statistics.mean)
+        autoencoder.hidden_std.copy_(self.statistics.std.clamp(min=1e-6))
+        autoencoder.measure(autoencoder.standardise(states), layout)
 
     def to(self, device: torch.device) -> None:
-        self.teacher.model.to(device)
+        if self.teacher is not None:
+            self.teacher.model.to(device, torch.float32 if device.type == "cpu" else torch.bfloat16)
 
     def loss_weights(self, step: int) -> dict[str, float]:
         weights = {"flow": self.config.flow_weight, "tokens": self.config.token_weight}
         return weights | ({"hidden": self.config.hidden_weight} if self.config.decoder_loss == "mse" else {})
 
-    def end_of_step(self, step: int) -> None:
-        self.module.autoencoder.standard.end_of_step()
+    def end_of_step(self, step: int, applied: bool) -> None:
         if self.module.denoiser.timesteps is not None:
-            self.module.denoiser.timesteps.end_of_step(step)
+            self.module.denoiser.timesteps.end_of_step(step, applied)
 
     def warnings(self, figures: Mapping[str, float]) -> list[str]:
         channels = self.config.autoencoder.latent_channels
@@ -245,13 +252,13 @@ class LDLMRecipe(Recipe):
     @torch.no_grad()
     def prepare(self, batch: TokenBatch, *, step: int, purpose: str = "train") -> Prepared:
         draw, channels = RowDraws(self.seed, purpose, batch.row_index), self.config.autoencoder.latent_channels
-        if batch.hidden_valid is not None:  # what was not extracted is as if it were not there
-            batch = replace(batch, segment=batch.segment.masked_fill(~batch.hidden_valid, PADDING))
+        batch = only_extracted(batch)
         timesteps = self.module.denoiser.timesteps if purpose == "train" else None
         shot = one_shot(self.flow, batch, draw, channels, timesteps)
         states = batch.hidden
-        if states is None:
+        if self.teacher is not None:
             states = states_of_rows(self.teacher, batch.tokens, shot.layout, self.statistics.causal)
+        assert states is not None
         inputs: dict[str, Any] = {
             "tokens": batch.tokens,
             "states": self.module.autoencoder.standardise(states),
@@ -286,9 +293,8 @@ class LDLMRecipe(Recipe):
 
     @property
     def _autoencoder(self) -> HiddenAutoencoder:
-        c, fingerprint = self.config, str(self.tokenizer_fingerprint)
-        causal = self.statistics.causal
-        return HiddenAutoencoder(self.module.autoencoder, self.language_model, c.layer, causal, fingerprint)
+        layer, causal, tokenizer = self.config.layer, self.statistics.causal, str(self.tokenizer_fingerprint)
+        return HiddenAutoencoder(self.module.autoencoder, self.language_model, layer, causal, tokenizer)
 
     def export(self, state_dict: dict[str, Tensor], output: Path) -> None:
         weights = {k.removeprefix("autoencoder."): v for k, v in state_dict.items() if k.startswith("autoencoder.")}
@@ -301,9 +307,31 @@ class LDLMRecipe(Recipe):
         write_model(output, "text_dit", config, weights, tokenizer=self.language_model, vae=output / "vae")
 
 
+def only_extracted(batch: TokenBatch) -> TokenBatch:
+    """The batch in which what was not extracted is as if it were not there."""
+    if batch.hidden_valid is None:
+        return batch
+    return replace(batch, segment=batch.segment.masked_fill(~batch.hidden_valid, PADDING))
+
+
+def longest_window(batch: TokenBatch) -> np.ndarray:
+    """The tokens of a batch's longest segment. Raises ConfigError where that is too short to tell causality by."""
+    segments = [(row, i) for row in range(len(batch.segment)) for i in batch.segment[row].unique() if i != PADDING]
+    windows = [batch.tokens[row][batch.segment[row] == i] for row, i in segments]
+    longest = max(windows, key=len)
+    if len(longest) < MIN_TOKENS:
+        raise ConfigError(f"the longest text of the first rows has {len(longest)} tokens, fewer than {MIN_TOKENS}")
+    return longest.numpy()
+
+
 def check_states(place: str, config: LDLMRecipeConfig) -> None:
-    """Raise ConfigError unless extracted states are of the recipe's layer and may be used as it uses them."""
+    """Raise ConfigError unless extracted states are of the recipe's model and layer and may be used as it does."""
     manifest = read_states_manifest(local_folder(place))
+    if manifest["teacher_fingerprint"] != fingerprint(config.language_model):
+        raise ConfigError(
+            f"{place}: states of another model than ldlm.language_model {config.language_model}; extract them with "
+            f"--model {config.language_model}"
+        )
     if manifest["layer"] != config.layer:
         raise ConfigError(f"{place}: states of layer {manifest['layer']}, but ldlm.layer is {config.layer}")
     if not manifest["causal"] and config.flow.unconditional_probability < 1:

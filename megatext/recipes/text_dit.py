@@ -84,9 +84,9 @@ class TextDiTRecipe(Recipe):
     def loss_weights(self, step: int) -> dict[str, float]:
         return {"flow": 1.0}
 
-    def end_of_step(self, step: int) -> None:
+    def end_of_step(self, step: int, applied: bool) -> None:
         if self.module.timesteps is not None:
-            self.module.timesteps.end_of_step(step)
+            self.module.timesteps.end_of_step(step, applied)
 
     @torch.no_grad()
     def prepare(self, batch: TokenBatch, *, step: int, purpose: str = "train") -> Prepared:

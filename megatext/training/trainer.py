@@ -196,7 +196,7 @@ class Trainer:
         )
         if applied:
             state.ema.update()
-        self.recipe.end_of_step(step)
+        self.recipe.end_of_step(step, applied)
         for loss in losses:
             meter.add("loss", loss)
         state.step += 1

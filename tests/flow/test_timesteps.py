@@ -99,8 +99,9 @@ def test_adaptive_probabilities_of_a_known_curve() -> None:
     rise = [b - a for a, b in pairwise(ends)]
     found = probabilities_of(mean * 7, torch.full((4,), 7.0), floor=0.4)
     assert found.tolist() == pytest.approx([0.6 * r / sum(rise) + 0.1 for r in rise])
-    falling = probabilities_of(torch.tensor([1.0, 3.0, 2.0]), torch.ones(3), floor=0.3)
-    assert falling.tolist() == pytest.approx([0.1 + 0.7 * 2 / 2.5, 0.1 + 0.7 * 0.5 / 2.5, 0.1])
+    falling = probabilities_of(torch.tensor([1.0, 3.0 * 3, 2.0]), torch.tensor([1.0, 3.0, 1.0]), floor=0.3)
+    # 3 and 2 are taken for their mean, 3 weighing three times as much: 1, 2.75, 2.75, ends 0.125, 1.875, 2.75, 2.75
+    assert falling.tolist() == pytest.approx([0.1 + 0.7 * 1.75 / 2.625, 0.1 + 0.7 * 0.875 / 2.625, 0.1])
     uniform = torch.full((3,), 1 / 3, dtype=torch.float64)
     assert torch.equal(probabilities_of(torch.tensor([1.0, 0.0, 2.0]), torch.tensor([1.0, 0.0, 1.0]), 0.1), uniform)
     assert torch.equal(probabilities_of(torch.ones(3), torch.ones(3), 0.1), uniform)
@@ -108,6 +109,8 @@ def test_adaptive_probabilities_of_a_known_curve() -> None:
 
 def test_the_moving_average_forgets_at_its_rate() -> None:
     sampler = AdaptiveTimesteps(AdaptiveTimestepConfig(bins=2, decay=0.5, refresh_steps=3, floor=0.1))
+    sampler.observe(torch.tensor([[math.nan]]), torch.tensor([[0.1]]), torch.tensor([[True]]))
+    sampler.end_of_step(0, applied=False)
     t, mask = torch.tensor([[0.1, 0.9, 0.9]]), torch.tensor([[True, True, False]])
     for step, (low, high) in enumerate([(1.0, 2.0), (1.0, 4.0), (1.0, 9.0)]):
         sampler.observe(torch.tensor([[low, high, 100.0]]), t, mask)
@@ -119,3 +122,28 @@ def test_the_moving_average_forgets_at_its_rate() -> None:
     assert torch.allclose(sampler.loss_sum / sampler.loss_count, mean)
     assert sampler.probabilities.tolist() == pytest.approx([0.5, 0.5])  # two bins rise alike
     assert AdaptiveTimesteps(sampler.config).state_dict().keys() == {"loss_sum", "loss_count", "probabilities"}
+
+
+def test_the_sampler_settles_where_the_loss_rises_while_the_loss_falls() -> None:
+    """In a loop with a noisy loss that falls to a fifth: no comb of bins that are drawn because they were not."""
+    config = AdaptiveTimestepConfig(bins=20, decay=0.9, refresh_steps=25, floor=0.1)
+    sampler, generator = AdaptiveTimesteps(config), torch.Generator().manual_seed(0)
+    mask, later = torch.ones(32, 1, dtype=torch.bool), []
+    for step in range(400):
+        u = (torch.arange(32) + torch.rand(32, generator=generator)) / 32
+        t = sampler.quantile(u)[:, None].float()
+        noise = 1 + 0.3 * torch.randn(t.shape, generator=generator)
+        sampler.observe((0.2 + 0.8 * math.exp(-step / 100)) * (0.1 + t.square()) * noise, t, mask)
+        sampler.end_of_step(step)
+        if step >= 100 and (step + 1) % config.refresh_steps == 0:
+            later.append(sampler.probabilities.clone())
+    centres = (torch.arange(20) + 0.5) / 20
+    ideal = 0.9 * centres / centres.sum() + 0.1 / 20  # of t^2, whose increase is 2 t
+    assert float((torch.stack(later).mean(0) - ideal).abs().sum()) / 2 < 0.1
+    assert float((torch.stack(later) - ideal).abs().sum(1).mean()) / 2 < 0.25
+
+
+@pytest.mark.parametrize("wrong", [{"bins": 1}, {"floor": 0.0}, {"decay": 0.98, "refresh_steps": 25}, {"decay": 1.0}])
+def test_adaptive_options_that_cannot_work_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="adaptive_timesteps"):
+        AdaptiveTimestepConfig(**wrong)  # type: ignore[arg-type]
