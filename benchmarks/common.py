@@ -4,7 +4,6 @@ Machines are noisy, so contestants take turns, the best of several runs counts, 
 """
 
 import json
-import math
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,13 +16,18 @@ from megatext.data.shards import FORMAT_VERSION, MANIFEST, TOKENIZER_FOLDER, Sha
 from megatext.tokenizer import Tokenizer
 
 
-def best_of(contestants: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """The highest figure that each contestant reached in `repeats` rounds; in every round all of them run once."""
-    best: dict[str, float] = {}
+def rounds(contestants: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """The figures of each contestant in `repeats` rounds; in every round all of them run once."""
+    figures: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(repeats):
         for name, run in contestants.items():
-            best[name] = max(best.get(name, -math.inf), run())
-    return best
+            figures[name].append(run())
+    return figures
+
+
+def best_of(contestants: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+    """The highest figure that each contestant reached in `rounds`."""
+    return {name: max(figures) for name, figures in rounds(contestants, repeats).items()}
 
 
 def report(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], figures: dict[str, Any]) -> None:

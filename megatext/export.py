@@ -49,6 +49,7 @@ def export_cola(model: Path, output: Path) -> None:
     generator = TextGenerator.from_pretrained(model)
     if not isinstance(generator.vae, TextVAE):
         raise ConfigError("--format cola-dlm has no words for LDLM's autoencoder")
+    cola_format.check(generator.vae, generator.module.network, generator.flow)
     try:
         generator.tokenizer.save_json(output)
     except ValueError as error:

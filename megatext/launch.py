@@ -48,6 +48,8 @@ def dry_run(config: RunConfig, deepspeed_config: Path | None) -> None:
     absent = [path for path in needed_by(config) if not Path(path).is_dir()]
     if processes.is_main:
         print(f"vocabulary      {vocab_size:,}{told}")
+        if models := [path for path in absent if path not in (*config.data.folders(), *config.data.states())]:
+            print(f"presumed        {config.presumed_model}, as {' and '.join(models)} is not there yet")
         print(text, flush=True)
     if absent:
         if processes.is_main:

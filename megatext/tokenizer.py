@@ -27,6 +27,9 @@ class Tokenizer(ABC):
     """Ends every document in the shards."""
     pad_id: int
     """What a padded batch of generated ids may be filled with."""
+    end_ids: tuple[int, ...]
+    """What a model may end a text with: eos_id, and `<|im_end|>` where the vocabulary has it, at which released models
+    stop that were also trained on turns of a conversation."""
     start_ids: tuple[int, ...] = ()
     """Special tokens that stand before every text in models of this tokenizer (`<s>` of Llama)."""
 
@@ -74,6 +77,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._processor = SentencePieceProcessor(model_proto=model)
         self.vocab_size = self._processor.get_piece_size()
         self.eos_id = self._processor.eos_id()
+        self.end_ids = (self.eos_id,)
         self.pad_id = max(self._processor.pad_id(), 0)
         self._bytes = [self._processor.piece_to_id(f"<0x{value:02X}>") for value in range(256)]
         is_control, is_unknown = self._processor.is_control, self._processor.is_unknown
@@ -152,6 +156,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if eos is None:
             raise ConfigError(f"tokenizer {name}: no end-of-text token; set `eos_token` in tokenizer_config.json")
         self.eos_id = int(eos)
+        self.end_ids = (self.eos_id, *([vocabulary["<|im_end|>"]] if "<|im_end|>" in vocabulary else []))
         whole = self._tokenizer("a")["input_ids"]
         bare = self._tokenizer("a", add_special_tokens=False)["input_ids"]
         self.start_ids = tuple(whole[: next((i for i in range(len(whole)) if whole[i:][: len(bare)] == bare), 0)])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatext.generation import SamplingConfig, TextGenerator
 from tests.command_lines import ROOT
 
 WORDS = ["the", "every", "small", "old", "model", "token", "noise", "step", "reads", "keeps", "learns", "and", "then"]
@@ -72,7 +73,21 @@ def test_from_text_to_report(tmp_path: Path, recipe: str, processes: int) -> Non
     assert "AR T=1" in first.stdout
     assert ("* started from the judge's weights" in first.stdout) == (recipe == "default")
     assert str(results / "report.html") in first.stdout
+    if recipe == "cola":
+        writes_the_same_in_the_released_format(tmp_path / "work")
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert "$ " not in again.stdout, "a stage was run twice"
     assert again.stdout.count("done before") == first.stdout.count("        $ ")
+
+
+def writes_the_same_in_the_released_format(work: Path) -> None:
+    """The preset's run, exported by the command, continues a prompt as its own format does."""
+    theirs = work / "released"
+    command = [sys.executable, "launch/export.py", "--run", str(work / "dit_cola"), "--output", str(theirs)]
+    subprocess.run([*command, "--format", "cola-dlm"], cwd=ROOT, capture_output=True, check=True)
+    sampling, written = SamplingConfig(steps=2, grid="uniform", guidance_scale=2.0), []
+    for model in (work / "models" / "dit_cola", theirs):
+        generator = TextGenerator.from_pretrained(model)
+        written.append(generator.generate(["Text 7 says"], target_tokens=[20], seeds=[0], sampling=sampling))
+    assert written[0] == written[1] and written[0][0]

@@ -78,7 +78,7 @@ def test_colas_stages_wait_for_each_other(tmp_path: Path) -> None:
     sbatch.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nwc -l < {tmp_path}/calls\n')
     sbatch.chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NODES": "8", "PYTHON": "python"}
-    command = ["bash", "launch/slurm/cola.sh", "vae_1gpu", "dit_1gpu", "--time=1:00:00"]
+    command = ["bash", "launch/slurm/cola.sh", "vae_1gpu", "dit_1gpu", "--time=1:00:00", "--", "--seed", "1"]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "queued: 1 (stage 1), 2 (its export), 3 (stage 2), 4 (its export)\n"
     calls = (tmp_path / "calls").read_text().splitlines()
@@ -88,8 +88,8 @@ def test_colas_stages_wait_for_each_other(tmp_path: Path) -> None:
     ):
         assert part in call and (number == 0 or f"--dependency=afterok:{number} " in call)
     for call in calls[::2]:  # what they name is there
-        assert "--nodes 8 --time=1:00:00 launch/slurm/pretrain.sbatch" in call
+        assert "--nodes 8 --time=1:00:00 launch/slurm/pretrain.sbatch" in call and call.endswith(" --seed 1")
         assert all((REPOSITORY / word).is_file() for word in call.split() if "/" in word)
-    assert all("--time=1:00:00 --nodes 1 --ntasks 1 " in call for call in calls[1::2])
+    assert all("--time=1:00:00 --nodes 1 --ntasks 1 " in call and "--seed" not in call for call in calls[1::2])
     assert "--output runs/cola/models/vae_1gpu" in calls[1]
     assert "vae: runs/cola/models/vae_1gpu\n" in (REPOSITORY / "launch/configs/cola/dit_1gpu.yaml").read_text()

@@ -106,7 +106,8 @@ class _Writer:
         written = torch.where(given, tokens, self._decode(rows, final, position))
         self.tokens[rows] = self.tokens[rows].scatter(1, position, written)
         if self.sampling.length != "oracle":
-            ends = (written == self.generator.tokenizer.eos_id) & ~given & (position < self.length[rows, None])
+            end_ids = torch.tensor(self.generator.tokenizer.end_ids, device=self.device)
+            ends = torch.isin(written, end_ids) & ~given & (position < self.length[rows, None])
             first = torch.where(ends.any(dim=1), start + ends.int().argmax(dim=1) + 1, self.length[rows])
             self.length[rows] = first
         pieces: list[list[int]] = [[] for _ in self.requests]

@@ -128,8 +128,8 @@ class TextGenerator:
         return Request(ids, target_tokens, seed)
 
     def _cut(self, tokens: list[int], sampling: SamplingConfig) -> list[int]:
-        eos = self.tokenizer.eos_id
-        return tokens[: tokens.index(eos)] if sampling.length != "oracle" and eos in tokens else tokens
+        ends = [place for place, token in enumerate(tokens) if token in self.tokenizer.end_ids]
+        return tokens[: ends[0]] if sampling.length != "oracle" and ends else tokens
 
     @torch.no_grad()
     def _pieces(self, requests: list[Request], sampling: SamplingConfig) -> Iterator[list[list[int]]]:
@@ -197,7 +197,7 @@ class TextGenerator:
         for autoregressive baselines: a text that is told its length does not end before it."""
         barred = torch.zeros(self.vae.vocab_size, dtype=torch.bool, device=self.device)
         if sampling.length == "oracle":
-            barred[[self.tokenizer.eos_id, self.tokenizer.pad_id]] = True
+            barred[[*self.tokenizer.end_ids, self.tokenizer.pad_id]] = True
         return barred
 
     def tokens_of(self, final: Tensor, layout: Layout, sampling: SamplingConfig) -> Tensor:

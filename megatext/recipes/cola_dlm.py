@@ -12,7 +12,7 @@ The flow's data are latents of the trained encoder, with gradient; the clean his
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,7 @@ class ColaDLMRecipeConfig:
 class PretrainColaConfig(RunConfig):
     """launch/pretrain_cola.py"""
 
+    presumed_model: ClassVar = "the TextVAE of the release, 4 + 4 layers of 1536"
     cola: ColaDLMRecipeConfig
     """The system."""
 

@@ -166,10 +166,9 @@ def read(directory: str | Path) -> tuple[TextVAE, TextDiT, FlowConfig]:
     return vae, network, flow
 
 
-def write(vae: TextVAE, network: TextDiT, flow: FlowConfig, output: str | Path) -> None:
-    """Write both networks in fp32. Raises ConfigError, naming the fields, for what the format has no words for. What
-    only training knows, the distribution of timesteps and other sizes of blocks, is not in it: grids by quantile are
-    read back as those of the release."""
+def check(vae: TextVAE, network: TextDiT, flow: FlowConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both networks' configurations in the format. Raises ConfigError, naming the fields, for what it has no words
+    for."""
     of_vae, of_dit = _official_vae_config(vae), _official_dit_config(network, flow)
     _check_same("vae.network", vae.config, vae_config(of_vae))
     _check_same("network", network.config, dit_config(of_dit)[0])
@@ -177,6 +176,13 @@ def write(vae: TextVAE, network: TextDiT, flow: FlowConfig, output: str | Path) 
         raise ConfigError(
             "the format has no statistics of the latents a channel: train the VAE with network.standardised: false"
         )
+    return of_vae, of_dit
+
+
+def write(vae: TextVAE, network: TextDiT, flow: FlowConfig, output: str | Path) -> None:
+    """Write both networks in fp32; `check` says what cannot be. What only training knows, the distribution of timesteps
+    and other sizes of blocks, is not in the format: grids by quantile are read back as those of the release."""
+    of_vae, of_dit = check(vae, network, flow)
     ours = _floats(vae)
     ours["posterior.bias"][vae.config.latent_channels :] += vae.config.initial_log_variance
     _swap_halves(ours, "mlp.up.")

@@ -48,8 +48,8 @@ class FlowConfig:
     """What the latents of two-stream training are: means of the VAE's posterior, or samples."""
     noise_copies: int = 1
     """Noisy copies of a row that share one clean copy (two-stream training only)."""
-    partial_block_probability: float = 0.1
-    """Share of blocks whose first tokens are given clean, as the block in which a prompt ends."""
+    partial_block_probability: float = 0.05
+    """Share of blocks whose first tokens, at least one and not all, are given clean, as where a prompt ends."""
     self_conditioning_probability: float = 0.0
     """Share of steps in which a first pass provides the self-condition."""
     condition_dropout: float = 0.1

@@ -101,6 +101,7 @@ class PretrainLDLMConfig(RunConfig):
     """launch/pretrain_ldlm.py"""
 
     vocabulary: ClassVar = ("GPT-2", 50_257)
+    presumed_model: ClassVar = "GPT-2 small"
     ldlm: LDLMRecipeConfig
     """The system."""
 

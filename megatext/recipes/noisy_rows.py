@@ -173,10 +173,10 @@ def two_streams(flow: FlowConfig, batch: TokenBatch, draw: RowDraws, vae: TextVA
     clean = Layout.of(batch.segment, batch.position, block_tokens=size)
     boundary = torch.ones_like(batch.segment, dtype=torch.bool)
     boundary[:, 1:] = (clean.segment[:, 1:] != clean.segment[:, :-1]) | (clean.block[:, 1:] != clean.block[:, :-1])
-    # running number of the block in its row; many short segments share timesteps, so that the table stays small
-    blocks = -(-columns // flow.block_tokens)
-    number = (boundary.cumsum(dim=1) - 1) % blocks
-    groups, group = blocks, number
+    number = boundary.cumsum(dim=1) - 1  # of the block in its row
+    # where blocks are shorter than those of generation, far ones share timesteps, so that the table stays small
+    groups = -(-columns // flow.block_tokens)
+    group = number % groups
     if flow.timestep_per == "segment":
         groups = segment_groups(columns)
         group = batch.segment.clamp(min=0) % groups
@@ -188,10 +188,12 @@ def two_streams(flow: FlowConfig, batch: TokenBatch, draw: RowDraws, vae: TextVA
         segment = torch.where(dropped & clean.real, clean.segment + columns, clean.segment)
         noisy.append(replace(clean.with_role(TARGET + copy), segment=segment))
         index.append(copy * groups + group)
-        partial = draw.per_group(f"partial/{copy}", blocks, number)
-        length = (partial / max(flow.partial_block_probability, 1e-9) * size).long()
-        if vae.attention == "block_causal":  # a latent tells of its whole block
-            length = length // vae.block_tokens * vae.block_tokens
+        partial = draw.per_group(f"partial/{copy}", columns, number)
+        unit = vae.block_tokens if vae.attention == "block_causal" else 1  # a latent tells of its whole block
+        units = torch.as_tensor(size, device=partial.device) // unit
+        length = (1 + partial / max(flow.partial_block_probability, 1e-9) * (units - 1)).long().minimum(
+            units - 1
+        ) * unit
         given = (partial < flow.partial_block_probability) & (batch.position % size < length)
         known.append(given)
         clean_left = (batch.position > 0) & torch.where(first, ~dropped, given.roll(1, dims=1))

@@ -7,7 +7,7 @@ the row as history, and noisy copies in which every block of n tokens is denoise
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -54,6 +54,7 @@ class TextDiTRecipeConfig:
 class PretrainDiTConfig(RunConfig):
     """launch/pretrain_dit.py"""
 
+    presumed_model: ClassVar = "a TextVAE with an encoder of 1 layer, of none where the network ends in tokens"
     dit: TextDiTRecipeConfig
     """The system."""
 

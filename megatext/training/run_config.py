@@ -63,6 +63,8 @@ class RunConfig:
 
     vocabulary: ClassVar[tuple[str, int]] = ("Qwen3", 151_669)
     """The tokenizer that a dry run presumes where there are no shards yet, and its entries."""
+    presumed_model: ClassVar[str] = ""
+    """What a dry run takes the model to be that this run builds on, where that is not there yet."""
     run_dir: str
     """Where the run lives: config.yaml, metrics.jsonl, checkpoints/, samples/."""
     seed: int = 0

@@ -189,7 +189,32 @@ def test_given_tokens_end_where_a_latent_tells_of_nothing_after_them() -> None:
         starts[:, -6:] = False  # the last block of a segment may be short
         rows, columns = starts.nonzero(as_tuple=True)
         lengths[name] = {int(given[r, c : c + 4].sum()) for r, c in zip(rows, columns, strict=True)}
-    assert lengths == {"causal": {0, 1, 2, 3}, "blocks": {0, 2}}
+    assert lengths == {"causal": {1, 2, 3}, "blocks": {2}}
+
+
+@pytest.mark.parametrize("sizes", [(1,), (2,), (4,), (16,), (2, 16)])
+def test_as_many_blocks_are_partly_given_as_asked_for(sizes: tuple[int, ...]) -> None:
+    """Counted; and blocks of a row are drawn by themselves, also those that are smaller than in generation."""
+    flow = replace(FLOW, block_tokens=16, training_block_tokens=sizes, partial_block_probability=0.25)
+    batch = one_segment(rows=400, columns=64)
+    streams = make_recipe(replace(CONFIG, flow=flow)).prepare(batch, step=0).inputs["streams"]
+    given = streams.timestep_index == 0
+    for size in sizes if len(sizes) == 1 else ():
+        blocks = given.view(400, -1, size)
+        partly = blocks.any(-1).double()
+        assert float(partly.mean()) == pytest.approx(0.0 if size == 1 else 0.25, abs=0.03)
+        assert blocks[..., 0][blocks.any(-1)].all() and not blocks.all(-1).any()
+        if size == 4:  # 16 blocks, of which 4 share a timestep
+            together = (partly[:, :4] * partly[:, 4:8]).mean()
+            assert float(together) == pytest.approx(0.25**2, abs=0.03)
+    assert len(sizes) == 1 or 0.1 < float(given[:, ::16].double().mean()) < 0.4
+
+
+def one_segment(rows: int, columns: int) -> TokenBatch:
+    """Rows of a single segment without padding."""
+    position = torch.arange(columns).expand(rows, -1).contiguous()
+    tokens = torch.randint(4, 60, (rows, columns), generator=torch.Generator().manual_seed(0))
+    return TokenBatch(tokens, torch.zeros_like(position), position, torch.arange(rows), [["d"]] * rows)
 
 
 def test_the_bar_is_the_best_constant() -> None:

@@ -152,6 +152,7 @@ class NoText:
     """A tokenizer of which only the end of text is asked, which is never written."""
 
     eos_id = -1
+    end_ids = (-1,)
 
 
 @pytest.mark.parametrize("history", ["latents", "tokens"])
