@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -36,7 +37,10 @@ class HiddenAutoencoderConfig:
 def states_of_rows(teacher: Teacher, tokens: Tensor, layout: Layout, causal: bool) -> Tensor:
     """A language model's states, float32 `[rows, columns, width]`, of packed rows of tokens `[rows, columns]`: every
     segment is read alone and from its start, a target without its context where the model is not `causal`. Rows stay
-    rows, so that nothing waits for the device to count; what stands on padding means nothing."""
+    rows, so that nothing waits for the device to count; what stands on padding means nothing. Raises ConfigError for a
+    model that takes no positions."""
+    if "position_ids" not in signature(teacher.model.forward).parameters:
+        raise ConfigError(f"{type(teacher.model).__name__} takes no positions, so it cannot read packed rows")
     position = layout.position.masked_fill(~layout.real, 0)  # beyond the end of a row there may be no position
     seen = allowed("causal", layout, layout) if causal else allowed("full", layout.separated(), layout.separated())
     dtype = teacher.model.dtype

@@ -11,7 +11,6 @@ drawn where the loss changes (`flow.adaptive_timesteps`), and noise on what the 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -202,8 +201,6 @@ class LDLMRecipe(Recipe):
                 tokenizer_fingerprint=self.tokenizer_fingerprint,
                 max_tokens=config.data.max_tokens,
             )
-            if "position_ids" not in signature(self.teacher.model.forward).parameters:
-                raise ConfigError(f"ldlm.language_model {self.language_model} takes no positions: no packed rows")
         self._initialise(config, tokenizer.vocab_size)
 
     @torch.no_grad()

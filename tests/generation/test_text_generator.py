@@ -227,6 +227,17 @@ def test_clear_errors(tmp_path: Path, tokenizer_directory: Path) -> None:
         generator.generate(["a", "b"], target_tokens=[3], seeds=[0])
     with pytest.raises(ConfigError, match="ancestral"):
         generator.generate(["a"], target_tokens=[3], seeds=[0], sampling=SamplingConfig(solver="ancestral"))
+    generator.flow = replace(generator.flow, unconditional_probability=1.0)
+    with pytest.raises(ConfigError, match="from nothing only"):
+        generator.generate(["a"], target_tokens=[3], seeds=[0])
+    assert generator.generate([""], target_tokens=[3], seeds=[0])
+
+
+def test_a_text_ends_at_any_end_that_the_vocabulary_has(tmp_path: Path, tokenizer_directory: Path) -> None:
+    generator = TextGenerator.from_pretrained(export(tmp_path, tokenizer_directory, "one_shot"))
+    generator.tokenizer.end_ids = (generator.tokenizer.eos_id, 9)
+    assert generator._cut([7, 9, generator.tokenizer.eos_id], SamplingConfig(length="eos")) == [7]
+    assert generator.barred(SamplingConfig())[9] and not generator.barred(SamplingConfig(length="eos")).any()
 
 
 def test_tokens_are_drawn_from_the_softmax() -> None:

@@ -1,6 +1,7 @@
 """LDLM's four ingredients against independent arithmetic, each alone; what knows what; what is exported."""
 
 import itertools
+import json
 import math
 from dataclasses import replace
 from typing import Any
@@ -13,16 +14,25 @@ from transformers import AutoModel, BertConfig, GPT2Config, LlamaConfig, Qwen3Co
 
 from megatext import rng
 from megatext.config import ConfigError
-from megatext.data.teacher import Teacher
+from megatext.data.hidden_states import FORMAT_VERSION
+from megatext.data.teacher import Teacher, fingerprint
 from megatext.flow.timesteps import AdaptiveTimestepConfig, TimestepConfig, probabilities_of
 from megatext.nn.blocks import TrunkConfig, initialise
 from megatext.nn.dit import TextDiTConfig
-from megatext.nn.layout import CONTEXT, TARGET, Layout
+from megatext.nn.layout import CONTEXT, PADDING, TARGET, Layout
 from megatext.nn.perceiver import LatentAutoencoderConfig, Perceiver
 from megatext.recipes.base import Output, Prepared
 from megatext.recipes.denoiser import FlowConfig, found_timesteps
 from megatext.recipes.hidden_autoencoder import states_of_rows
-from megatext.recipes.ldlm import LDLMRecipe, LDLMRecipeConfig, encoder_gate, latent_rank, make_module
+from megatext.recipes.ldlm import (
+    LDLMRecipe,
+    LDLMRecipeConfig,
+    check_states,
+    encoder_gate,
+    latent_rank,
+    longest_window,
+    make_module,
+)
 from megatext.recipes.text_vae import TeacherStatistics
 from tests.recipes.rows import make_batch
 
@@ -318,6 +328,43 @@ def test_collapse_is_told() -> None:
     assert not recipe.warnings({"active_units": 6.0, "latent_rank": 3.5})
     assert "the latents collapse: 2 of 6 channels" in recipe.warnings({"active_units": 2.0, "latent_rank": 3.5})[0]
     assert "in 1.2 directions" in recipe.warnings({"active_units": 6.0, "latent_rank": 1.2})[0]
+
+
+def test_a_short_text_is_read_in_a_row_longer_than_the_models_positions() -> None:
+    teacher, tokens = language_model(), make_batch(rows=1, row_tokens=100).tokens
+    segment = torch.where(torch.arange(100) < 10, 0, PADDING)[None]
+    states = states_of_rows(teacher, tokens, Layout.of(segment, torch.arange(100)[None]), causal=True)
+    assert torch.allclose(states[0, :10], teacher.states([tokens[0, :10].numpy()])[0], atol=1e-5)
+
+
+def test_causality_is_asked_of_the_longest_text() -> None:
+    batch = make_batch(rows=2)
+    batch.segment[0] = torch.arange(24) // 2  # texts of two tokens, which tell nothing
+    assert longest_window(batch).tolist() == batch.tokens[1, :12].tolist()
+    batch.segment[1] = torch.arange(24) // 2
+    with pytest.raises(ConfigError, match="the longest text of the first rows has 2 tokens"):
+        longest_window(batch)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"teacher_fingerprint": "another"}, "states of another model"),
+        ({"layer": -2}, "states of layer -2, but ldlm.layer is -3"),
+        ({"causal": False}, "would tell of the target"),
+    ],
+)
+def test_states_that_do_not_fit_are_refused(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
+    model, states = tmp_path / "model", tmp_path / "states"
+    language_model().model.save_pretrained(model)
+    states.mkdir()
+    manifest = {"format_version": FORMAT_VERSION, "teacher_fingerprint": fingerprint(str(model)), "layer": -3}
+    (states / "manifest.json").write_text(json.dumps(manifest | {"causal": True}))
+    config = replace(CONFIG, language_model=str(model))
+    check_states(str(states), config)
+    (states / "manifest.json").write_text(json.dumps(manifest | {"causal": True} | changes))
+    with pytest.raises(ConfigError, match=told):
+        check_states(str(states), config)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3", "bert"])
