@@ -104,45 +104,32 @@ def quality_plot(results: dict[str, Any]) -> bytes | None:
     planes = [plane for plane in _PLANES if any(_spot(Point("", "", [s]), plane) for s in results["systems"])]
     if not planes:
         return None
+    alone = [Point("", s["name"], [s]) for s in results["systems"] if not s.get("group")]
+    curves = {p.name: [p] for p in alone}
+    for point in points(results["systems"]):
+        curves.setdefault(point.group, []).append(point)
+    colors = dict(zip((n for n, c in curves.items() if not is_sanity(c[0].rows[0])), _COLORS * 9, strict=False))
     figure, axes = _figure(1, len(planes), width=5.6 * len(planes), height=3.6)
     for ax, plane in zip(axes.flat, planes, strict=True):
-        _quality(ax, results["systems"], plane)
+        _quality(ax, curves, colors, plane)
     # Beside the axes: most systems worth showing crowd near G = 0, where names would lie on each other.
-    axes[0, -1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    named = dict(pair for ax in axes.flat for pair in zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    axes[0, -1].legend(named.values(), named, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle("Quality against variety", fontsize=10)
     return _png(figure)
 
 
-def _quality(ax: Any, systems: Sequence[dict[str, Any]], plane: tuple[str, str, str, str]) -> None:
-    alone = [Point("", s["name"], [s]) for s in systems if not s.get("group")]
-    together = points(systems)
-    colors, shapes = iter(_COLORS * 9), iter("sDv^P" * 9)
-    for point in alone:
-        sanity = is_sanity(point.rows[0])
-        look = {"color": _GREY, "marker": next(shapes), "ms": 5} if sanity else {"color": next(colors), "marker": "o"}
-        if spot := _spot(point, plane):
-            ax.errorbar(spot[0][0], spot[1][0], yerr=spot[1][1], ls="", capsize=2, label=point.name, **look)
-    for group in dict.fromkeys(point.group for point in together):
-        spots = sorted(spot for p in together if p.group == group and (spot := _spot(p, plane)))
-        if spots:
-            (x, dx), (y, dy) = (zip(*axis, strict=True) for axis in zip(*spots, strict=True))
-
-            ax.errorbar(
-                list(x),
-                list(y),
-                xerr=list(dx),
-                yerr=list(dy),
-                color=next(colors),
-                marker="o",
-                ms=4,
-                lw=1.2,
-                elinewidth=0.7,
-                label=group,
-            )
-    if plane[1] == "gap":
-        ax.axhline(0, color="#9aa3ad", lw=0.8, zorder=0)
-        human = _spot(next(p for p in alone if p.rows[0]["system"] == "human"), plane)
-        ax.axvspan(human[0][0] - 0.5, human[0][0] + 0.5, color="#eef3f8", zorder=-1) if human else None
+def _quality(ax: Any, curves: dict[str, list[Point]], colors: dict[str, str], plane: tuple[str, str, str, str]) -> None:
+    """One panel: every curve in its color, sanity rows in grey; in G's, where human text lies."""
+    shapes = iter("sDv^P" * 9)
+    for name, curve in curves.items():
+        look = {"color": colors[name], "marker": "o"} if name in colors else {"color": _GREY, "marker": next(shapes)}
+        if spots := sorted(spot for point in curve if (spot := _spot(point, plane))):
+            x, y, dx, dy = ([spot[axis][i] for spot in spots] for i in (0, 1) for axis in (0, 1))
+            ax.errorbar(x, y, xerr=dx, yerr=dy, ms=5, lw=1.2, elinewidth=0.7, capsize=2, label=name, **look)
+        if plane[1] == "gap" and curve[0].rows[0]["system"] == "human" and spots:
+            ax.axhline(0, color="#9aa3ad", lw=0.8, zorder=0)
+            ax.axvspan(x[0] - 0.5, x[0] + 0.5, color="#eef3f8", zorder=-1)
     ax.set(xlabel=plane[2], ylabel=plane[3])
 
 

@@ -191,9 +191,8 @@ def two_streams(flow: FlowConfig, batch: TokenBatch, draw: RowDraws, vae: TextVA
         partial = draw.per_group(f"partial/{copy}", columns, number)
         unit = vae.block_tokens if vae.attention == "block_causal" else 1  # a latent tells of its whole block
         units = torch.as_tensor(size, device=partial.device) // unit
-        length = (1 + partial / max(flow.partial_block_probability, 1e-9) * (units - 1)).long().minimum(
-            units - 1
-        ) * unit
+        drawn = 1 + partial / max(flow.partial_block_probability, 1e-9) * (units - 1)
+        length = drawn.long().minimum(units - 1) * unit
         given = (partial < flow.partial_block_probability) & (batch.position % size < length)
         known.append(given)
         clean_left = (batch.position > 0) & torch.where(first, ~dropped, given.roll(1, dims=1))
