@@ -202,7 +202,10 @@ def _check_known(cls: type, data: dict[str, Any], where: str, prefix: str = "", 
             raise ConfigError(f"{where}: unknown key '{path}'{hint}")
         section = _section_class(known[key])
         if section is not None and isinstance(value, dict):
-            _check_known(section, value, where, f"{path}.")
+            by_name = typing.get_origin(known[key]) is dict
+            items = {f"{path}.{name}.": item for name, item in value.items()} if by_name else {f"{path}.": value}
+            for place, item in items.items():
+                _check_known(section, item if isinstance(item, dict) else {}, where, place)
 
 
 def _as_float(value: Any) -> Any:

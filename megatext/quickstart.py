@@ -6,7 +6,6 @@ be repeated by hand; a recipe other than the default has its own `dit_RECIPE.yam
 """
 
 import json
-import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from omegaconf import OmegaConf
 
 from data_tools.sources import describe
 from megatext.config import ConfigError, from_dict
-from megatext.stages import Stage
+from megatext.stages import Stage, share_of_threads
 
 RECIPES = ("default", "textldm_paper", "cola", "ldlm")
 RUNS = {
@@ -160,7 +159,7 @@ class Quickstart:
             needs=needs,
             reads=[config],
             continues=True,
-            environment=threads_of_a_rank(ranks),
+            environment=share_of_threads(ranks),
         )
         self._add(
             f"export_{run}",
@@ -248,14 +247,3 @@ class Quickstart:
         if not path.is_file():
             raise ConfigError(f"{path}: no such file; the folders of launch/configs show what a preset holds")
         return OmegaConf.to_container(OmegaConf.load(path), resolve=True)  # type: ignore[return-value]
-
-
-def threads_of_a_rank(ranks: int) -> tuple[tuple[str, str], ...]:
-    """OMP_NUM_THREADS for several ranks that share this machine's cores; nothing where there is an accelerator."""
-    if ranks == 1:
-        return ()
-    import torch
-
-    if torch.accelerator.is_available():
-        return ()
-    return (("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks))),)

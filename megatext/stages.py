@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -62,37 +62,107 @@ class Stage:
         return " ".join([*(f"{name}={value}" for name, value in self.environment), shlex.join(self.command)])
 
 
-def run_stages(stages: Sequence[Stage], directory: Path, out: TextIO = sys.stdout) -> None:
-    """Run every stage that is not done, in order, with its output visible.
+@dataclass
+class _Running:
+    """A stage at work."""
 
-    `directory` holds all outputs; markers go to its `stages/`. Raises StageError when a stage fails or is
-    interrupted, and ConfigError for a missing file or a directory that cannot be written.
+    stage: Stage
+    process: "subprocess.Popen[bytes]"
+    began: float
+    spent: float
+    """Seconds of earlier runs that it continues."""
+    log: Path | None
+    """Where what it prints goes, if it is not visible."""
+
+    @property
+    def seconds(self) -> float:
+        return self.spent + time.monotonic() - self.began
+
+
+def run_stages(
+    stages: Sequence[Stage], directory: Path, out: TextIO = sys.stdout, *, jobs: int = 1, keep_going: bool = False
+) -> None:
+    """Run every stage that is not done, in order and after those it needs, `jobs` at a time.
+
+    `directory` holds all outputs; markers go to its `stages/`. What a stage prints is visible; where several run at
+    once it goes to `logs/NAME.log`. Raises StageError when a stage fails (with `keep_going` after all that do not need it)
+    or all are interrupted, and ConfigError for a missing file or a directory that cannot be written.
     """
-    keys = stage_keys(stages)
-    markers = directory / "stages"
-    with _lock(markers):
+    keys, markers = stage_keys(stages), directory / "stages"
+    labels = {stage.name: f"[{number:2d}/{len(stages)}] {stage.name}" for number, stage in enumerate(stages, 1)}
+    with _lock(markers), _terminating_on_sigterm():
         done = {stage.name: _read(markers, stage) for stage in stages if _is_done(markers, stage, keys[stage.name])}
+        for name, marker in done.items():
+            print(f"{labels[name]}: done before, in {_clock(marker['seconds'])}", file=out, flush=True)
+        waiting = [stage for stage in stages if stage.name not in done]
+        running: list[_Running] = []
+        failures: list[str] = []
         started = time.monotonic()
-        for number, stage in enumerate(stages, 1):
-            label = f"[{number:2d}/{len(stages)}] {stage.name}"
-            if stage.name in done:
-                print(f"{label}: done before, in {_clock(done[stage.name]['seconds'])}", file=out, flush=True)
-                continue
+
+        def start(stage: Stage) -> _Running:
+            label = labels[stage.name]
             spent = _prepare(markers, stage, keys[stage.name], label, directory, out)
-            elapsed, left = time.monotonic() - started, _seconds_left(stages, done)
+            elapsed, left = time.monotonic() - started, _seconds_left(stages, done) / jobs
             print(f"{label}: elapsed {_clock(elapsed)}, about {_clock(left)} left", file=out)
             print(f"        $ {stage.shell()}", file=out, flush=True)
-            began = time.monotonic()
-            try:
-                _execute(stage, label)
-            except StageError:
-                spent += time.monotonic() - began
-                _write(markers, stage, {"key": keys[stage.name], "done": False, "seconds": round(spent, 1)})
-                raise
-            seconds = spent + time.monotonic() - began
-            done[stage.name] = {"key": keys[stage.name], "done": True, "seconds": round(seconds, 1)}
-            _write(markers, stage, done[stage.name])
-            print(f"{label}: done in {_clock(seconds)}\n", file=out, flush=True)
+            log = directory / "logs" / f"{stage.name}.log" if jobs > 1 else None
+            return _Running(stage, _start(stage, label, log), time.monotonic(), spent, log)
+
+        def finish(ended: _Running, failure: str | None) -> None:
+            name, seconds = ended.stage.name, ended.seconds
+            marker = {"key": keys[name], "done": failure is None, "seconds": round(seconds, 1)}
+            _write(markers, ended.stage, marker)
+            running.remove(ended)
+            if failure is None:
+                done[name] = marker
+                print(f"{labels[name]}: done in {_clock(seconds)}\n", file=out, flush=True)
+            else:
+                failures.append(failure)
+                print(f"{labels[name]}: failed\n", file=out, flush=True)
+
+        try:
+            while True:
+                while len(running) < jobs and (not failures or keep_going):
+                    ready = [stage for stage in waiting if all(name in done for name in stage.needs)]
+                    if not ready:
+                        break
+                    waiting.remove(ready[0])
+                    running.append(start(ready[0]))
+                if not running:
+                    break
+                ended = _first_to_end(running)
+                finish(ended, _failure(ended, labels[ended.stage.name]))
+        except KeyboardInterrupt:
+            names = ", ".join(labels[each.stage.name] for each in running)
+            for each in list(running):
+                _stop_group(each.process)
+                finish(each, "interrupted")
+            raise StageError(f"interrupted in stage {names}; {AGAIN}", 130) from None
+        if failures:
+            raise StageError("\nerror: ".join(failures), 1)
+
+
+AGAIN = "run the same command again: it continues at this stage"
+POLL_SECONDS = 0.1
+
+
+def _first_to_end(running: Sequence[_Running]) -> _Running:
+    while True:
+        for each in running:
+            if each.process.poll() is not None:
+                return each
+        time.sleep(POLL_SECONDS)
+
+
+def _failure(ended: _Running, label: str) -> str | None:
+    """What is wrong with a stage that has ended, for the user."""
+    status, stage = ended.process.returncode, ended.stage
+    if status != 0:
+        cause = f"was killed by signal {-status}" if status < 0 else f"failed with exit status {status}"
+        place = f"in {ended.log}" if ended.log else "above"
+        return f"stage {label} {cause}; its output is {place}. Remove the cause and {AGAIN}"
+    missing = [str(path) for path in stage.writes if not path.exists()]
+    return f"stage {label} ended well but did not write {', '.join(missing)}" if missing else None
 
 
 def stage_keys(stages: Sequence[Stage]) -> dict[str, str]:
@@ -133,8 +203,8 @@ def _prepare(markers: Path, stage: Stage, key: str, label: str, directory: Path,
     return spent
 
 
-def _execute(stage: Stage, label: str) -> None:
-    """Run the command to its end. Raises StageError."""
+def _start(stage: Stage, label: str, log: Path | None) -> "subprocess.Popen[bytes]":
+    """The stage's process, its output visible or at the end of a log. Raises StageError."""
     own = Path(sys.executable).parent
     environment = {
         **os.environ,
@@ -144,25 +214,19 @@ def _execute(stage: Stage, label: str) -> None:
         "PYTHONUNBUFFERED": "1",
     }
     command = [sys.executable if part == "python" and i == 0 else part for i, part in enumerate(stage.command)]
-    again = "run the same command again: it continues at this stage"
-    try:
-        # a session of its own: what the command starts (launcher, ranks) can be told to stop, and waited for
-        process = subprocess.Popen(command, env=environment, start_new_session=True)
-    except OSError as error:
-        cause = f"cannot start {command[0]}: {error.strerror}; `make setup` installs it"
-        raise StageError(f"stage {label}: {cause}", 1) from None
-    with _terminating_on_sigterm():
+    with ExitStack() as stack:
+        output = None
+        if log is not None:
+            log.parent.mkdir(exist_ok=True)
+            output = stack.enter_context(open(log, "ab"))
         try:
-            status = process.wait()
-        except KeyboardInterrupt:
-            _stop_group(process)
-            raise StageError(f"interrupted in stage {label}; {again}", 130) from None
-    if status != 0:
-        cause = f"was killed by signal {-status}" if status < 0 else f"failed with exit status {status}"
-        raise StageError(f"stage {label} {cause}; its output is above. Remove the cause and {again}", 1)
-    missing = [str(path) for path in stage.writes if not path.exists()]
-    if missing:
-        raise StageError(f"stage {label} ended well but did not write {', '.join(missing)}", 1)
+            # a session of its own: what the command starts (launcher, ranks) can be told to stop, and waited for
+            return subprocess.Popen(
+                command, env=environment, start_new_session=True, stdout=output, stderr=output and subprocess.STDOUT
+            )
+        except OSError as error:
+            cause = f"cannot start {command[0]}: {error.strerror}; `make setup` installs it"
+            raise StageError(f"stage {label}: {cause}", 1) from None
 
 
 def _stop_group(process: "subprocess.Popen[bytes]") -> None:
@@ -243,3 +307,14 @@ def _terminating_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def share_of_threads(processes: int) -> tuple[tuple[str, str], ...]:
+    """OMP_NUM_THREADS for several processes that share this machine's cores; nothing where there is an accelerator."""
+    if processes == 1:
+        return ()
+    import torch
+
+    if torch.accelerator.is_available():
+        return ()
+    return (("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes))),)

@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -164,3 +168,20 @@ def test_accumulation_follows_or_is_refused() -> None:
         accumulation_steps(config(rows_per_step=24, micro_batch_rows=5), world=2)
     with pytest.raises(ConfigError, match="multiple of 5"):
         accumulation_steps(config(rows_per_step=24, micro_batch_rows=1), world=5)
+
+
+def test_a_port_that_is_taken_is_told_in_a_line() -> None:
+    """Two runs of several ranks on a machine; one of a single process takes a free port by itself."""
+    told = []
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        for world in ("2", "1"):
+            environment = os.environ | {"WORLD_SIZE": world, "RANK": "0", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(other.getsockname()[1])}
+            code = "from megatext.config import cli_errors\nfrom megatext.training.engine import start_processes\n"
+            code += "with cli_errors(): start_processes()"
+            command = [sys.executable, "-c", code]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+            told.append((done.returncode, "deepspeed --master_port N" in done.stderr, "Traceback" in done.stderr))
+    assert told == [(1, True, False), (0, False, False)]
