@@ -85,8 +85,8 @@ def run_stages(
     """Run every stage that is not done, in order and after those it needs, `jobs` at a time.
 
     `directory` holds all outputs; markers go to its `stages/`. What a stage prints is visible; where several run at
-    once it goes to `logs/NAME.log`. Raises StageError when a stage fails (with `keep_going` after all that do not need it)
-    or all are interrupted, and ConfigError for a missing file or a directory that cannot be written.
+    once it goes to `logs/NAME.log`. Raises StageError when a stage fails (with `keep_going` after all that do not need
+    it) or all are interrupted, and ConfigError for a missing file or a directory that cannot be written.
     """
     keys, markers = stage_keys(stages), directory / "stages"
     labels = {stage.name: f"[{number:2d}/{len(stages)}] {stage.name}" for number, stage in enumerate(stages, 1)}

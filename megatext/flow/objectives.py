@@ -19,6 +19,20 @@ def squared_error(predicted: Tensor, target: Tensor) -> Tensor:
     return (predicted.float() - target.float()).square().mean(-1)
 
 
+def converted_error(
+    path: Path, x0: Tensor, latents: Tensor, t: Tensor, space: Literal["velocity", "x0"], min_sigma: float = 0.05
+) -> Tensor:
+    """Squared error, as `squared_error`, of an estimated x0 in x0 or as the velocity that goes with it at the same z.
+
+    t: [rows, tokens] or a scalar. At a given z velocities differ by (w / sigma)^2 as much as clean latents do, w the
+    Wronskian; sigma is taken for no smaller than `min_sigma`, or clean data would count without bounds (as in ELF,
+    arXiv 2605.10938)."""
+    error = squared_error(x0, latents)
+    if space == "x0":
+        return error
+    return error * (path.wronskian(t) / path.sigma(t).clamp(min=min_sigma)).square()
+
+
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy in nats: logits [rows, tokens, vocab], int64 targets [rows, tokens] -> float32 [rows, tokens]."""
     return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)

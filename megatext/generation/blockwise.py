@@ -43,6 +43,7 @@ class _View:
     position: Tensor
     given: Tensor
     clean: Tensor
+    alone: Tensor
     neighbours: Tensor
     mask: Mask
     past: list[KeysValues] | None
@@ -140,7 +141,17 @@ class _Writer:
 
         chosen = [self.requests[i] for i in rows.tolist()]
         noise = Noise(chosen, position[:, 0].tolist(), [(0, self.size)] * len(chosen), self.device)
-        final = self.generator.denoise(noise, self.sampling, predict)
+
+        def decode(final: Tensor) -> Tensor:
+            return self._logits(rows, torch.where(given[..., None], clean, final), position)
+
+        def observe(tokens: Tensor) -> None:
+            """Of every text its part of this block, the end of it, which the prompt does not give."""
+            if self.generator.observer is not None:
+                written = zip(tokens.tolist(), given.sum(dim=1).tolist(), strict=True)
+                self.generator.observer([row[known:] for row, known in written])
+
+        final = self.generator.denoise(noise, self.sampling, predict, decode, observe)
         return final if final.ndim < 3 else torch.where(given[..., None], clean, final)
 
     def _predict(self, view: _View, z: Tensor, t: Tensor, previous: Tensor | None) -> Tensor:
@@ -153,6 +164,7 @@ class _Writer:
             torch.ones_like(view.given),
             view.mask,
             self_condition=None if previous is None else torch.where(given, view.clean, previous),
+            alone=view.alone,
             neighbours=view.neighbours,
             past=view.past,
         )[0].float()
@@ -166,7 +178,8 @@ class _Writer:
         mask, past = self._after("two_stream", self.cache, rows, position, everything, self.size, TARGET)
         if not conditional and mask.dense is not None:
             mask.dense[..., : -self.size] = False
-        return _View(position, given, clean, torch.where(clean_left, left, -1), mask, past)
+        alone = (position < self.size) if conditional else everything  # the first block has nothing before it
+        return _View(position, given, clean, alone, torch.where(clean_left, left, -1), mask, past)
 
     def _after(
         self,
@@ -231,18 +244,20 @@ class _Writer:
         return self.vae.standardise(mean)
 
     def _decode(self, rows: Tensor, final: Tensor, position: Tensor) -> Tensor:
-        """Tokens of the block. A decoder that looks ahead too reads it with the latents of what stands before it."""
-        if self.generator.module.table is not None:
-            return final
+        """Tokens of the block."""
+        return self.generator.tokens_of(final, lambda latents: self._logits(rows, latents, position), self.sampling)
+
+    def _logits(self, rows: Tensor, latents: Tensor, position: Tensor) -> Tensor:
+        """Of the block's clean latents. A decoder that looks ahead too reads them with those of what stands before."""
         if self.decoder_cache is not None:
             mask, past = self._vae_after(self.decoder_cache, rows, position, torch.ones_like(position).bool())
-            hidden, _ = self.vae.decode_after(self.vae.unstandardise(final), position, mask, past)
-            return self.generator.likeliest(self.vae.unembedding(hidden), self.sampling)
+            hidden, _ = self.vae.decode_after(self.vae.unstandardise(latents), position, mask, past)
+            return self.vae.unembedding(hidden)
         slots = torch.arange(self.slots, device=self.device).expand(len(rows), -1)
-        latents = self.generator.latents_of(self.tokens[rows], Layout.of(torch.zeros_like(slots), slots))
-        latents = latents.scatter(1, position[..., None].expand_as(final), final)
+        before = self.generator.latents_of(self.tokens[rows], Layout.of(torch.zeros_like(slots), slots))
+        whole = before.scatter(1, position[..., None].expand_as(latents), latents)
         layout = Layout.of(torch.where(slots <= position[:, -1:], 0, PADDING), slots)
-        return self.generator.tokens_of(latents, layout, self.sampling).gather(1, position)
+        return self.vae.decode(self.vae.unstandardise(whole), layout, position)
 
 
 def _beside(a: _View, b: _View) -> _View:
@@ -253,6 +268,7 @@ def _beside(a: _View, b: _View) -> _View:
         torch.cat((a.position, b.position)),
         torch.cat((a.given, b.given)),
         torch.cat((a.clean, b.clean)),
+        torch.cat((a.alone, b.alone)),
         torch.cat((a.neighbours, b.neighbours)),
         Mask(dense=torch.cat((a.mask.dense, b.mask.dense))),
         past,

@@ -16,6 +16,14 @@ class Request:
     prompt: list[int]
     target_tokens: int
     seed: int
+    given_at: tuple[int, ...] | None = None
+    """Positions of the prompt's tokens, ascending, where what is to be generated does not just follow them."""
+
+    def places(self) -> tuple[list[int], list[int]]:
+        """Positions of the prompt's tokens, and of those that are to be generated."""
+        given = list(range(len(self.prompt)) if self.given_at is None else self.given_at)
+        taken = set(given)
+        return given, [place for place in range(len(given) + self.target_tokens) if place not in taken]
 
 
 class Noise:
@@ -29,6 +37,13 @@ class Noise:
         self._generators = [rng.generator(r.seed, "generation", b) for r, b in zip(requests, blocks, strict=True)]
         self._spans, self._device = spans, device
         self._columns = max(last for _, last in spans)
+
+    @property
+    def generated(self) -> Tensor:
+        """bool `[rows, columns]`: the columns that are."""
+        first, last = torch.tensor(self._spans, device=self._device).T[:, :, None]
+        columns = torch.arange(self._columns, device=self._device)
+        return (columns >= first) & (columns < last)
 
     def normal(self, channels: int) -> Tensor:
         """Standard normal float32 `[rows, columns, channels]`, drawn on the CPU: the same on every device."""

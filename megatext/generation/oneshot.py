@@ -1,4 +1,4 @@
-"""The whole target at once, beside its clean context (TextLDM)."""
+"""The whole target at once, beside its clean context, wherever that stands (TextLDM, LDLM)."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatext.generation.noise import Noise, Request
 from megatext.generation.sampling import SamplingConfig
-from megatext.nn.attention import make_mask
+from megatext.nn.attention import KeysValues, Mask, make_mask
 from megatext.nn.layout import CONTEXT, PADDING, TARGET, Layout
 
 if TYPE_CHECKING:
@@ -19,36 +19,112 @@ def generate(
     generator: "TextGenerator", requests: "list[Request]", sampling: SamplingConfig
 ) -> Iterator[list[list[int]]]:
     """Yields once: the whole target of every request."""
-    network, device = generator.module.network, generator.module.network.latent_in.weight.device
-    lengths = [(len(r.prompt), len(r.prompt) + r.target_tokens) for r in requests]
-    columns = max(end for _, end in lengths)
-    tokens = torch.zeros(len(requests), columns, dtype=torch.long)
-    for row, request in enumerate(requests):
-        tokens[row, : len(request.prompt)] = torch.tensor(request.prompt, dtype=torch.long)
-    tokens = tokens.to(device)
-    begin, end = torch.tensor(lengths, device=device).T[:, :, None]
-    position = torch.arange(columns, device=device).expand(len(requests), columns)
-    role = torch.where(position < begin, CONTEXT, TARGET)
-    layout = Layout.of(torch.where(position < end, 0, PADDING), position, role)
-    is_target = role == TARGET
-    alone = Layout.of(torch.where(is_target & layout.real, 0, PADDING), position, role)
-    context = generator.latents_of(tokens, Layout.of(torch.where(is_target, PADDING, 0), position))
-    dropped = torch.zeros_like(context) if generator.flow.null_condition == "zeros" else context
-    masks = {True: make_mask("full", layout, backend="dense"), False: make_mask("full", alone, backend="dense")}
-    if generator.flow.null_condition == "zeros":
-        masks[False] = masks[True]
+    writer = _Writer(generator, requests, sampling)
+    lengths = [request.target_tokens for request in requests]
 
-    def one(z: Tensor, t: Tensor, previous: Tensor | None, conditional: bool) -> Tensor:
-        z = torch.where(is_target[..., None], z, context if conditional else dropped)
-        timesteps = torch.stack((torch.zeros_like(t), t))
-        return network(
-            z, timesteps, is_target.long(), position, is_target, masks[conditional], self_condition=previous
-        )[0].float()
+    def cut(tokens: Tensor) -> list[list[int]]:
+        return [row[:length] for row, length in zip(tokens.tolist(), lengths, strict=True)]
 
-    def predict(z: Tensor, t: Tensor, previous: Tensor | None, guided: bool) -> tuple[Tensor, Tensor | None]:
-        return one(z, t, previous, True), one(z, t, previous, False) if guided else None
+    def observe(tokens: Tensor) -> None:
+        if generator.observer is not None:
+            generator.observer(cut(tokens))
 
-    noise = Noise(requests, [0] * len(requests), lengths, device)
-    final = generator.denoise(noise, sampling, predict)
-    written = generator.tokens_of(final, alone, sampling)
-    yield [written[row, first:last].tolist() for row, (first, last) in enumerate(lengths)]
+    noise = Noise(requests, [0] * len(requests), [(0, length) for length in lengths], generator.device)
+    final = generator.denoise(noise, sampling, writer.predict, writer.logits, observe)
+    yield cut(generator.tokens_of(final, writer.logits, sampling))
+
+
+class _Writer:
+    """A call's contexts and targets: columns of context, then columns of target, each at its own position."""
+
+    def __init__(self, generator: "TextGenerator", requests: "list[Request]", sampling: SamplingConfig) -> None:
+        self.generator, self.network, self.flow = generator, generator.module.network, generator.flow
+        device, places = generator.device, [request.places() for request in requests]
+        self.context = _layout([given for given, _ in places], CONTEXT, device)
+        self.target = _layout([free for _, free in places], TARGET, device)
+        tokens = torch.zeros_like(self.context.position)
+        for row, request in enumerate(requests):
+            tokens[row, : len(request.prompt)] = torch.tensor(request.prompt, dtype=torch.long)
+        grid = generator.grid(sampling)
+        self.modulations = self.network.modulations(torch.cat((grid.new_zeros(1), grid)))
+        self.step_of = {t: 1 + step for step, t in enumerate(grid.tolist())}
+        self.latents = generator.latents_of(tokens, self.context)
+        has_context = self.context.real.any(dim=1, keepdim=True).expand(self.target.position.shape)
+        self.alone = torch.cat((~has_context, torch.ones_like(has_context)))
+        self._condition()
+
+    def _condition(self) -> None:
+        """Latents, masks and, where a context sees itself alone, keys and values: with the contexts, and after these
+        the null condition."""
+        zeros = self.flow.null_condition == "zeros"
+        null = torch.zeros_like(self.latents) if zeros else self.latents
+        self.contexts = torch.cat((self.latents, null))
+        whole = Layout.concatenate([self.context, self.target])
+        prefix = self.flow.attention == "prefix"
+        mask = make_mask(self.flow.attention, self.target if prefix else whole, whole, backend="dense").dense
+        assert mask is not None
+        without = mask.clone()
+        if not zeros:
+            without[:, :, -self.target.position.shape[1] :, : self.context.position.shape[1]] = False
+        self.masks = torch.cat((mask, without))
+        self.past: list[KeysValues] | None = None
+        if prefix:
+            both = Layout(*(torch.cat((x, x)) for x in vars(self.context).values()))
+            nothing = torch.zeros_like(both.position)
+            _, self.past = self.network(
+                self.contexts,
+                self.modulations,
+                nothing,
+                both.position,
+                nothing.bool(),
+                make_mask("full", both, backend="dense"),
+                predict=False,
+            )
+
+    def predict(self, z: Tensor, t: Tensor, previous: Tensor | None, guided: bool) -> tuple[Tensor, Tensor | None]:
+        """Of the noisy targets `[rows, columns, channels]`; where guided both passes are one, over twice the rows."""
+        times, rows = (2 if guided else 1), len(z)
+        z = z.repeat(times, 1, 1)
+        previous = None if previous is None else previous.repeat(times, 1, 1)
+        position, is_target = self.target.position.repeat(times, 1), torch.ones_like(self.target.real).repeat(times, 1)
+        alone, past, n = self.alone[: times * rows], None, z.shape[1]
+        if self.past is not None:
+            past = [(keys[: times * rows], values[: times * rows]) for keys, values in self.past]
+        else:
+            contexts, before = self.contexts[: times * rows], self.context.position.repeat(times, 1)
+            z, position = torch.cat((contexts, z), dim=1), torch.cat((before, position), dim=1)
+            is_target = torch.cat((torch.zeros_like(before).bool(), is_target), dim=1)
+            alone = torch.cat((torch.zeros_like(before).bool(), alone), dim=1)
+            previous = None if previous is None else torch.cat((torch.zeros_like(contexts), previous), dim=1)
+        predicted = self.network(
+            z,
+            self.modulations or torch.stack((torch.zeros_like(t), t)),
+            is_target.long() * (self.step_of[float(t)] if self.modulations else 1),
+            position,
+            is_target,
+            Mask(dense=self.masks[: times * rows]),
+            self_condition=previous,
+            alone=alone,
+            past=past,
+        )[0][:, -n:].float()
+        return (predicted[:rows], predicted[rows:]) if guided else (predicted, None)
+
+    def logits(self, latents: Tensor) -> Tensor:
+        """`[rows, columns, vocab_size]` of the targets' clean latents, decoded as they were encoded."""
+        vae = self.generator.vae
+        if self.flow.target_encoding == "separate":
+            return vae.decode(vae.unstandardise(latents), self.target)
+        both = torch.cat((self.latents, latents), dim=1)
+        decoded = vae.decode(vae.unstandardise(both), Layout.concatenate([self.context, self.target]))
+        return decoded[:, -latents.shape[1] :]
+
+
+def _layout(places: list[list[int]], role: int, device: torch.device) -> Layout:
+    """Tokens at some positions of each row, padded to the longest, and to one column at least."""
+    columns = max(1, *map(len, places))
+    position = torch.zeros(len(places), columns, dtype=torch.long)
+    segment = torch.full_like(position, PADDING)
+    for row, at in enumerate(places):
+        position[row, : len(at)] = torch.tensor(at, dtype=torch.long)
+        segment[row, : len(at)] = 0
+    return Layout.of(segment.to(device), position.to(device), torch.full_like(position, role).to(device))

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatext.flow.solvers import Solver
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -10,9 +12,10 @@ class SamplingConfig:
 
     steps: int = 16
     """Solver steps, of a block or of the whole target."""
-    solver: Literal["euler", "heun", "ancestral"] = "euler"
-    """Heun costs two network calls a step. `ancestral` draws a token from every step's distribution and adds fresh
-    noise to its latent: right in few steps where the ODE is not, for models that end in token logits."""
+    solver: Solver = "euler"
+    """Of the ODE `euler`, `heun` (two network calls a step) and `dpmpp_2m` (DPM-Solver++, which remembers a step); of
+    the SDE `dpmpp_2m_sde`. `ancestral` draws a token from every step's distribution and adds fresh noise to its latent:
+    right in few steps where the ODE is not, for models that end in token logits."""
     grid: Literal["quantile", "uniform"] = "quantile"
     """Timesteps at the quantiles of the training distribution, or evenly spaced."""
     temperature: float = 1.0
@@ -22,6 +25,10 @@ class SamplingConfig:
     """1 is no guidance; above 1 every step in the interval costs a second network call."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Timesteps in which guidance acts."""
+    exit_margin: float = 0.0
+    """A text is as it is, and no further step taken, once every one of its tokens is decoded with a probability that
+    leads the next one's by so much (the margin rule of arXiv 2606.08810); 0 takes all steps. Where latents are
+    predicted it costs the decoder at every step."""
     block_tokens: int = 0
     """Tokens of a block, one of the sizes that the model was trained in; 0: its own. Smaller is better and slower."""
     history: Literal["tokens", "latents"] = "tokens"

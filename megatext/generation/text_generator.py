@@ -38,6 +38,8 @@ class TextGenerator:
         self.module, self.vae, self.tokenizer = module, vae, tokenizer
         self.flow = module.flow
         self.window_tokens: list[int] = []
+        self.observer: Callable[[list[list[int]]], None] | None = None
+        """Is told the tokens of what is being denoised, of each text in work, after every step."""
 
     @staticmethod
     def from_pretrained(
@@ -60,7 +62,8 @@ class TextGenerator:
             vae, _ = load_hidden_autoencoder(vae_directory)
         else:
             vae, _ = load_text_vae(vae_directory)
-        module = make_denoiser(config.network, config.flow, vae if isinstance(vae, TextVAE) else vae.network)
+        of_tokens = vae if isinstance(vae, TextVAE) else vae.network
+        module = make_denoiser(config.network, config.flow, of_tokens, frozen=True)
         weights = load_file(Path(directory) / "model.safetensors")
         if config.network.token_embedding:
             weights["head.weight"] = weights["token_embedding.weight"]
@@ -95,6 +98,59 @@ class TextGenerator:
             for text, piece in zip(texts, pieces, strict=True):
                 text.extend(piece)
         return [self.tokenizer.decode(self._cut(text, sampling)) for text in texts]
+
+    def infill(
+        self, texts: list[list[str | int]], *, seeds: list[int], sampling: SamplingConfig | None = None
+    ) -> list[str]:
+        """Texts with gaps, whole: of each its pieces, a string given and a number of tokens to write, in any order
+        (`["Once upon a time", 12, " and that was the end."]`). A piece is tokenised by itself and may not be empty.
+
+        Raises ConfigError where the model writes in blocks, which see only what stands before them."""
+        if self.flow.block_tokens:
+            raise ConfigError("infill is for one-shot models: a block sees only what stands before it")
+        sampling = sampling or SamplingConfig()
+        requests = [self._with_gaps(pieces, seed) for pieces, seed in zip(texts, seeds, strict=True)]
+        (written,) = self._pieces(requests, sampling)
+        whole = []
+        for request, tokens in zip(requests, written, strict=True):
+            given, free = request.places()
+            placed = sorted([*zip(given, request.prompt, strict=True), *zip(free, tokens, strict=True)])
+            whole.append(self.tokenizer.decode(self._cut([token for _, token in placed], sampling)))
+        return whole
+
+    def _with_gaps(self, pieces: list[str | int], seed: int) -> Request:
+        prompt: list[int] = []
+        given_at: list[int] = []
+        place = 0
+        for piece in pieces:
+            tokens = self.tokenizer.encode(piece) if isinstance(piece, str) else [None] * piece
+            if not tokens:
+                raise ConfigError(f"infill: {piece!r} is an empty piece; leave it out")
+            for token in tokens:
+                if token is not None:
+                    prompt.append(token)
+                    given_at.append(place)
+                place += 1
+        if len(prompt) == place:
+            raise ConfigError("infill: a text without a gap; a number among its pieces is one")
+        return Request(prompt, place - len(prompt), seed, tuple(given_at))
+
+    def trace(
+        self, prompt: str, *, target_tokens: int = 64, seed: int = 0, sampling: SamplingConfig | None = None
+    ) -> list[str]:
+        """What the continuation of a prompt reads like after every step (TextLDM's Table 7); with a model that writes
+        in blocks each is the text so far."""
+        sampling = sampling or SamplingConfig()
+        request = self._request(prompt, target_tokens, seed, sampling)
+        written: list[int] = []
+        shown: list[str] = []
+        self.observer = lambda rows: shown.append(self.tokenizer.decode(self._cut([*written, *rows[0]], sampling)))
+        try:
+            for (piece,) in self._pieces([request], sampling):
+                written.extend(piece)
+        finally:
+            self.observer = None
+        return shown
 
     def preview(self, seed: int) -> list[str]:
         """A few short passages from nothing, as a training run shows them."""
@@ -143,6 +199,8 @@ class TextGenerator:
             raise ConfigError("history: latents is for models that end in latents; this one ends in tokens")
         if self.flow.unconditional_probability == 1 and not self.flow.block_tokens and any(r.prompt for r in requests):
             raise ConfigError('the model was trained to write from nothing only: its prompt is ""')
+        if not 0 <= sampling.exit_margin <= 1:
+            raise ConfigError(f"exit_margin {sampling.exit_margin}: a difference of two probabilities, from 0 to 1")
         sizes = {self.flow.block_tokens, *self.flow.training_block_tokens}
         if sampling.block_tokens and (not self.flow.block_tokens or sampling.block_tokens not in sizes):
             trained = f"in blocks of {', '.join(map(str, sorted(sizes)))}" if self.flow.block_tokens else "in one shot"
@@ -158,13 +216,37 @@ class TextGenerator:
         """The timesteps of a call, float32 `[steps + 1]`, from 1 to 0."""
         return self.flow.timesteps.inference_grid(sampling.steps, sampling.grid).to(self.device)
 
-    def denoise(self, noise: Noise, sampling: SamplingConfig, predict: Predictor) -> Tensor:
+    def denoise(
+        self,
+        noise: Noise,
+        sampling: SamplingConfig,
+        predict: Predictor,
+        decode: Callable[[Tensor], Tensor],
+        observe: Callable[[Tensor], None],
+    ) -> Tensor:
         """From pure noise to what the model last saw at the clean end: token ids `[rows, columns]` where the model
-        ends in logits, latents `[rows, columns, channels]` where it does not."""
+        ends in logits, latents `[rows, columns, channels]` where it does not; `decode` makes logits of these, and
+        `observe` is told the tokens after every step."""
         channels = self.vae.config.latent_channels
         table, feeds_back = self.module.table, self.module.network.config.self_conditioning
         barred = self.barred(sampling)
-        last: dict[str, Tensor] = {}
+        watched = sampling.exit_margin > 0 or self.observer is not None
+        last: dict[str, Tensor] = {"left": noise.generated.any(dim=1)}
+
+        def keep(final: Tensor, logits: Tensor | None) -> None:
+            """Note what would be written now, but of texts that are already left as they are."""
+            left = last["left"]
+            last["final"] = torch.where(left.view(-1, *[1] * (final.ndim - 1)), final, last.get("final", final))
+            if not watched:
+                return
+            if logits is None:
+                logits = decode(last["final"]).masked_fill(barred, -torch.inf)
+            if sampling.exit_margin > 0:
+                first, second = logits.float().softmax(dim=-1).topk(2, dim=-1).values.unbind(-1)
+                sure = (first - second >= sampling.exit_margin) | ~noise.generated
+                last["left"] = left & ~sure.all(dim=1)
+            if self.observer is not None:
+                observe(last["final"] if table is not None else logits.argmax(dim=-1))
 
         def x0(z: Tensor, t: Tensor) -> Tensor:
             previous = last.get("x0") if feeds_back else None
@@ -174,18 +256,21 @@ class TextGenerator:
                 predicted = guidance.combine(predicted, without, sampling.guidance_scale)
             every = t.expand(z.shape[:2])
             if table is None:
-                last["x0"] = last["final"] = self.module.x0(z, every, predicted)
+                last["x0"] = self.module.x0(z, every, predicted)
+                keep(last["x0"], None)
                 return last["x0"]
             logits = self.module.logits(predicted, z, every).masked_fill(barred, -torch.inf)
             last["x0"] = objectives.expected_latent(logits, table, sampling.temperature)
             if sampling.solver != "ancestral":
-                last["final"] = logits.argmax(dim=-1)
+                keep(logits.argmax(dim=-1), logits)
                 return last["x0"]
-            last["final"] = draw_tokens(logits, sampling.temperature, noise.uniform())
-            return table[last["final"]]
+            drawn = draw_tokens(logits, sampling.temperature, noise.uniform())
+            keep(drawn, logits)
+            return table[drawn]
 
         first, grid = noise.normal(channels), self.grid(sampling)
-        sample(x0, self.module.path, first, grid, sampling.solver, lambda: noise.normal(channels))
+        finished = (lambda: not bool(last["left"].any())) if sampling.exit_margin > 0 else (lambda: False)
+        sample(x0, self.module.path, first, grid, sampling.solver, lambda: noise.normal(channels), finished)
         return last["final"]
 
     @property
@@ -200,15 +285,12 @@ class TextGenerator:
             barred[[*self.tokenizer.end_ids, self.tokenizer.pad_id]] = True
         return barred
 
-    def tokens_of(self, final: Tensor, layout: Layout, sampling: SamplingConfig) -> Tensor:
-        """Token ids `[rows, columns]` of what `denoise` returned: themselves, or the VAE's decoding of latents."""
+    def tokens_of(self, final: Tensor, decode: Callable[[Tensor], Tensor], sampling: SamplingConfig) -> Tensor:
+        """Token ids `[rows, columns]` of what `denoise` returned: themselves, or the likeliest by `decode` that may be
+        written."""
         if self.module.table is not None:
             return final
-        return self.likeliest(self.vae.decode(self.vae.unstandardise(final), layout), sampling)
-
-    def likeliest(self, logits: Tensor, sampling: SamplingConfig) -> Tensor:
-        """The tokens `[rows, columns]` of a decoder's logits that may be written."""
-        return logits.masked_fill(self.barred(sampling), -torch.inf).argmax(dim=-1)
+        return decode(final).masked_fill(self.barred(sampling), -torch.inf).argmax(dim=-1)
 
     def latents_of(self, tokens: Tensor, layout: Layout) -> Tensor:
         """Standardised latents (posterior mean) of clean tokens."""

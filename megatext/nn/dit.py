@@ -38,6 +38,8 @@ class TextDiTConfig:
     which warm_start needs."""
     role_embedding: bool = True
     """A learned vector that tells target from context; without it only the timestep does."""
+    null_embedding: bool = False
+    """A learned vector on tokens that see no context: the null condition of guidance, and of passages from nothing."""
 
 
 class TextDiT(nn.Module):
@@ -51,6 +53,7 @@ class TextDiT(nn.Module):
         width = config.trunk.width
         self.latent_in = nn.Linear(latent_channels * (2 if config.self_conditioning else 1), width)
         self.role = nn.Embedding(2, width) if config.role_embedding else None
+        self.null = nn.Embedding(1, width) if config.null_embedding else None
         conditioned = config.time_conditioning == "adaln"
         self.timestep = TimestepEmbedding(width, config.timestep_layers) if conditioned else None
         if config.final_modulation and not conditioned:
@@ -88,6 +91,7 @@ class TextDiT(nn.Module):
         mask: Mask,
         *,
         self_condition: Tensor | None = None,
+        alone: Tensor | None = None,
         tokens: Tensor | None = None,
         neighbours: Tensor | None = None,
         past: Sequence[KeysValues] | None = None,
@@ -95,10 +99,10 @@ class TextDiT(nn.Module):
     ) -> tuple[Tensor, list[KeysValues]]:
         """latents `[rows, tokens, channels]`; `timesteps [distinct]` float32, or what `modulations` gave for them, and
         `timestep_index [rows, tokens]` into it; `position [rows, tokens]`; `target` bool `[rows, tokens]` (to be
-        generated); `tokens` int64 `[rows, tokens]` where all of these are known (history), `neighbours` like it the
-        tokens to the left, -1 where not clean; `past` keys and values of tokens before these. Returns the prediction
-        `[rows, tokens, channels or vocab_size]` and the tokens' own keys and values; without `predict` only the latter
-        mean anything."""
+        generated); `alone` bool `[rows, tokens]` (sees no context); `tokens` int64 `[rows, tokens]` where all of these
+        are known (history), `neighbours` like it the tokens to the left, -1 where not clean; `past` keys and values of
+        tokens before these. Returns the prediction `[rows, tokens, channels or vocab_size]` and the tokens' own keys
+        and values; without `predict` only the latter mean anything."""
         if self.config.self_conditioning:
             # context has no estimate: its latents are known
             previous = torch.zeros_like(latents) if self_condition is None else self_condition * target[..., None]
@@ -114,6 +118,8 @@ class TextDiT(nn.Module):
             x = x + left.masked_fill((neighbours < 0)[..., None], 0.0)
         if self.role is not None:
             x = x + self.role(target.long())
+        if self.null is not None and alone is not None:
+            x = x + self.null(torch.zeros_like(position)) * alone[..., None]
         tables = timesteps if isinstance(timesteps, list) else self.modulations(timesteps)
         condition = (tables, timestep_index) if tables else None
         x, kept = self.trunk(x, position, mask, condition, past, only_keys_values=not predict)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from megatext.config import ConfigError
 from megatext.nn.attention import KeysValues, Mask, make_mask
 from megatext.nn.blocks import Trunk, TrunkConfig, make_norm
-from megatext.nn.layout import Layout
+from megatext.nn.layout import AttentionRule, Layout
 
 
 @dataclass(frozen=True)
@@ -86,18 +86,29 @@ class TextVAE(nn.Module):
         """The layout of packed rows as encoder and decoder read them, in blocks of their own size."""
         return Layout.of(segment, position, block_tokens=self.config.block_tokens)
 
-    def encode(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    def encode(
+        self, tokens: Tensor, layout: Layout, *, rule: AttentionRule | None = None, hidden: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """tokens int64 `[rows, tokens]` -> posterior mean and log-variance, float32 `[rows, tokens, channels]`, and
-        the encoder's features `[rows, tokens, width]` (REPA aligns them with a teacher)."""
-        mask = make_mask(self.config.attention, layout) if self.config.encoder.layers else Mask()
-        mean, log_variance, features, _ = self.encode_after(tokens, layout.position, mask)
+        the encoder's features `[rows, tokens, width]` (REPA aligns them with a teacher). `rule` instead of the
+        configuration's; `hidden` bool `[rows, tokens]`: tokens whose embedding is zero."""
+        mask = make_mask(rule or self.config.attention, layout) if self.config.encoder.layers else Mask()
+        mean, log_variance, features, _ = self.encode_after(tokens, layout.position, mask, hidden=hidden)
         return mean, log_variance, features
 
     def encode_after(
-        self, tokens: Tensor, position: Tensor, mask: Mask, past: Sequence[KeysValues] | None = None
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        mask: Mask,
+        past: Sequence[KeysValues] | None = None,
+        hidden: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, list[KeysValues]]:
         """As `encode`, of tokens that stand after those whose keys and values are `past`; also returns their own."""
-        features, kept = self.encoder(self.embedding(tokens), position, mask, past=past)
+        embedded = self.embedding(tokens)
+        if hidden is not None:
+            embedded = embedded.masked_fill(hidden[..., None], 0.0)
+        features, kept = self.encoder(embedded, position, mask, past=past)
         mean, log_variance = self.posterior(features).float().chunk(2, dim=-1)
         log_variance = (log_variance + self.config.initial_log_variance).clamp(-30.0, 20.0)
         return self.mean_norm(mean), log_variance, features, kept

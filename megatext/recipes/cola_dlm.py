@@ -160,7 +160,7 @@ class ColaDLMRecipe(Recipe):
 
     def loss_weights(self, step: int) -> dict[str, float]:
         c = self.config
-        weights = {"flow": c.flow_weight}
+        weights = {name: c.flow_weight * weight for name, weight in c.flow.loss_weights(step).items()}
         if c.train_vae:
             weights |= {"reconstruction": c.vae_weight, "entropy": c.vae_weight * c.entropy_weight}
             weights |= {"mask": c.vae_weight * c.mask_weight} if c.mask_weight > 0 else {}
@@ -177,7 +177,7 @@ class ColaDLMRecipe(Recipe):
             "streams": streams,
             "self_condition": feeds_back(c.flow, self.seed, step, purpose),
         }
-        counts = {"flow": streams.loss_mask.sum().double()}
+        counts = c.flow.loss_counts(streams.loss_mask.sum().double())
         layout = self.reference.layout(batch.segment, batch.position)
         posterior_noise = draw.normal("posterior", (batch.tokens.shape[1], channels), batch.tokens.device)
         if not c.train_vae:

@@ -1,5 +1,6 @@
 """The denoiser in training: process, loss, and the rows of two-stream training. TextDiT and Cola DLM share it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from megatext.config import ConfigError
 from megatext.flow import objectives
 from megatext.flow.paths import Path as NoisePath
 from megatext.flow.paths import path_from_name
+from megatext.flow.solvers import euler_step
 from megatext.flow.timesteps import AdaptiveTimestepConfig, AdaptiveTimesteps, TimestepConfig
 from megatext.nn.attention import Mask
 from megatext.nn.dit import TextDiT, TextDiTConfig
@@ -23,6 +25,24 @@ TIMESTEP_BINS = 10
 """Loss is logged in this many equal bins of the timestep."""
 
 
+Decoder = Callable[[Tensor, Layout], Tensor]
+"""Standardised latents `[rows, columns, channels]` and their layout -> logits `[rows, columns, vocab_size]`."""
+
+
+@dataclass(frozen=True)
+class ConsistencyConfig:
+    """Self-trajectory consistency, for few sampling steps (AURORA-LM, arXiv 2608.02602; consistency models, arXiv
+    2303.01469): x0 as estimated at t has to be what is estimated one Euler step nearer to the data. The goal comes from
+    the present weights, without gradient (arXiv 2310.14189), and costs a forward pass more."""
+
+    weight: float = 0.0
+    """Of the squared error between the two; 0: off."""
+    steps: int = 16
+    """The step is that of an inference grid of so many steps, at the quantiles of the timesteps."""
+    warmup_steps: int = 0
+    """Linear warm-up of the weight."""
+
+
 @dataclass(frozen=True)
 class FlowConfig:
     """The process: how latents become noise, what the network predicts, which timesteps it trains on."""
@@ -30,7 +50,18 @@ class FlowConfig:
     path: str = "linear"
     """`linear` interpolation (TextLDM, Cola), or the tangent schedule `tan-D` (LDLM: tan-3)."""
     objective: Literal["velocity", "x0", "token_cross_entropy"] = "velocity"
-    """`token_cross_entropy`: logits whose expected latent is x0 (score interpolation, CDCD arXiv 2211.15089)."""
+    """What the network predicts, and its own loss. `velocity`, `x0`: the squared error. `token_cross_entropy`: logits
+    whose expected latent is x0 (score interpolation, CDCD arXiv 2211.15089)."""
+    latent_loss: Literal["own", "velocity", "x0"] = "own"
+    """Where the squared error of latents is taken: of what is predicted, or converted to velocity or x0."""
+    latent_weight: float | None = None
+    """Of the squared error of latents; with token_cross_entropy it is that of the expected latents. null: 1 where it is
+    the objective's own loss, else 0."""
+    token_weight: float | None = None
+    """Of the tokens' cross-entropy; where latents are predicted it goes through the frozen decoder. null: 1 where it is
+    the objective's own loss, else 0."""
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    """A further loss, for sampling in few steps."""
     timesteps: TimestepConfig = field(default_factory=TimestepConfig)
     """Distribution of training timesteps; the quantile inference grid follows it."""
     adaptive_timesteps: AdaptiveTimestepConfig = field(default_factory=lambda: AdaptiveTimestepConfig(bins=0))
@@ -60,6 +91,70 @@ class FlowConfig:
     """Share of segments that are all target (one shot only; blocks start from nothing by themselves)."""
     context_fraction: tuple[float, float] = (0.1, 0.9)
     """Range of the context's share of a segment (one shot only)."""
+    infill_probability: float = 0.0
+    """Share of segments whose target is not their end but lies anywhere in them (one shot only): for `infill`."""
+    attention: Literal["full", "prefix"] = "full"
+    """Whether a context sees its target (TextLDM), or itself alone, so that generation computes it once and keeps its
+    keys and values over all steps (one shot only)."""
+    target_encoding: Literal["separate", "with_context"] = "separate"
+    """Whether a target's latents are encoded, and decoded, as if there were no context (TextLDM), or with it in view
+    (one shot, with a VAE whose rule is full)."""
+    segment_lengths: Literal["windows", "uniform", "log_uniform"] = "windows"
+    """Windows are segments as they are, or are cut into segments of random lengths from min_segment_tokens to a whole
+    row. TextLDM samples lengths uniformly; short texts are rare then, unless they are log-uniform."""
+    min_segment_tokens: int = 8
+    """The shortest that is drawn; the end of a window may be shorter."""
+    eos_padding_tokens: int = 0
+    """Up to so many ends of text after a segment, in its target, so that the model learns to end within a given room
+    (`length: eos`). Needs data.packed: false and rows longer than windows."""
+
+    def __post_init__(self) -> None:
+        if self.consistency.steps < 2 or self.min_segment_tokens < 1:
+            raise ConfigError("flow.consistency.steps must be at least 2, flow.min_segment_tokens at least 1")
+        if self.own_weight + self.other_weight <= 0:
+            raise ConfigError("flow.latent_weight and flow.token_weight are both 0: nothing would be learnt")
+
+    @property
+    def _weights(self) -> tuple[float, float]:
+        """Of the squared error of latents, and of the tokens' cross-entropy."""
+        by_tokens = self.objective == "token_cross_entropy"
+        latent = float(not by_tokens) if self.latent_weight is None else self.latent_weight
+        return latent, float(by_tokens) if self.token_weight is None else self.token_weight
+
+    @property
+    def own_weight(self) -> float:
+        """Of the objective's own loss."""
+        return self._weights[self.objective == "token_cross_entropy"]
+
+    @property
+    def other_weight(self) -> float:
+        """Of the tokens' cross-entropy where latents are predicted, of the latents' squared error where tokens are."""
+        return self._weights[self.objective != "token_cross_entropy"]
+
+    @property
+    def other_loss(self) -> str:
+        """The name of that loss."""
+        return "flow_latent" if self.objective == "token_cross_entropy" else "flow_tokens"
+
+    @property
+    def latent_space(self) -> Literal["velocity", "x0"]:
+        """Where the squared error of latents is taken."""
+        if self.latent_loss != "own":
+            return self.latent_loss
+        return "velocity" if self.objective == "velocity" else "x0"
+
+    def loss_weights(self, step: int) -> dict[str, float]:
+        """Of the denoiser's losses at a step."""
+        weights = {"flow": self.own_weight}
+        weights |= {self.other_loss: self.other_weight} if self.other_weight > 0 else {}
+        if self.consistency.weight > 0:
+            warm = min(1.0, (step + 1) / self.consistency.warmup_steps) if self.consistency.warmup_steps else 1.0
+            weights["consistency"] = warm * self.consistency.weight
+        return weights
+
+    def loss_counts(self, count: Tensor) -> dict[str, Tensor]:
+        """The number of tokens that each of these losses is over."""
+        return dict.fromkeys(self.loss_weights(0), count)
 
 
 @dataclass
@@ -75,9 +170,18 @@ class History:
 class TextDiTTraining(nn.Module):
     """The denoiser with its loss: the one module the engine wraps."""
 
-    def __init__(self, network: TextDiT, flow: FlowConfig, path: NoisePath, table: Tensor | None) -> None:
+    def __init__(
+        self,
+        network: TextDiT,
+        flow: FlowConfig,
+        path: NoisePath,
+        table: Tensor | None,
+        decoder: Decoder | None = None,
+    ) -> None:
+        """`table`: the latents of all tokens, where the network ends in tokens. `decoder`: of the frozen VAE, where the
+        tokens' cross-entropy goes through it."""
         super().__init__()
-        self.network, self.flow, self.path, self.table = network, flow, path, table
+        self.network, self.flow, self.path, self.table, self.decoder = network, flow, path, table, decoder
         self.timesteps = AdaptiveTimesteps(flow.adaptive_timesteps) if flow.adaptive_timesteps.bins else None
 
     def forward(
@@ -91,11 +195,14 @@ class TextDiTTraining(nn.Module):
         mask: Mask,
         loss_mask: Tensor,
         self_condition: bool,
+        alone: Tensor | None = None,
+        earlier_timesteps: Tensor | None = None,
         history: "History | None" = None,
         neighbours: Tensor | None = None,
     ) -> Output:
         """`latents` (clean) and `noise` float32 `[rows, columns, channels]`; `tokens`, `timestep_index`, `layout`,
-        `loss_mask` and `neighbours` `[rows, columns]`; `history` the clean copy that two-stream training attends to."""
+        `loss_mask`, `alone` and `neighbours` `[rows, columns]`; `earlier_timesteps`, like `timesteps`, a step nearer to
+        the data; `history` the clean copy that two-stream training attends to."""
         t = timesteps[timestep_index]
         noisy = self.path.interpolate(latents, noise, t)
         past = None
@@ -113,15 +220,16 @@ class TextDiTTraining(nn.Module):
             )
         target = layout.role != CONTEXT
 
-        def predict(previous: Tensor | None) -> Tensor:
+        def predict(z: Tensor, times: Tensor, previous: Tensor | None) -> Tensor:
             return self.network(
-                noisy,
-                timesteps,
+                z,
+                times,
                 timestep_index,
                 layout.position,
                 target,
                 mask,
                 self_condition=previous,
+                alone=alone,
                 neighbours=neighbours,
                 past=past,
             )[0].float()
@@ -129,14 +237,28 @@ class TextDiTTraining(nn.Module):
         previous = None
         if self_condition:
             with torch.no_grad():
-                previous = self.x0(noisy, t, predict(None))
-        predicted = predict(previous)
-        per_token = self._loss_per_token(predicted, noisy, latents, noise, tokens, t)
+                previous = self.x0(noisy, t, predict(noisy, timesteps, None))
+        predicted = predict(noisy, timesteps, previous)
+        per_token = self._own_loss(predicted, noisy, latents, noise, tokens, t)
         if self.timesteps is not None and self.training:
             self.timesteps.observe(per_token, t, loss_mask)
         sums, counts = objectives.by_timestep_bin(per_token.detach(), t, loss_mask, TIMESTEP_BINS)
         metrics = {f"loss_t{i}": (sums[i], counts[i]) for i in range(TIMESTEP_BINS)}
-        return Output({"flow": objectives.masked_sum(per_token, loss_mask)[0]}, metrics)
+        output = Output({"flow": objectives.masked_sum(per_token, loss_mask)[0]}, metrics)
+        if self.flow.other_weight > 0:
+            other = self._other_loss(self.x0(noisy, t, predicted), noisy, latents, tokens, layout, t)
+            output.loss_sums[self.flow.other_loss] = objectives.masked_sum(other, loss_mask)[0]
+        if self.flow.consistency.weight > 0:
+            assert earlier_timesteps is not None
+            x0, earlier = self.x0(noisy, t, predicted), earlier_timesteps[timestep_index]
+            with torch.no_grad():
+                nearer = euler_step(self.path, noisy, x0.detach(), t, earlier)
+                fed_back = x0.detach() if self_condition else None
+                goal = self.x0(nearer, earlier, predict(nearer, earlier_timesteps, fed_back))
+                goal = torch.where((earlier > 0)[..., None], goal, latents)
+            off = objectives.squared_error(x0, goal)
+            output.loss_sums["consistency"] = objectives.masked_sum(off, loss_mask)[0]
+        return output
 
     def logits(self, predicted: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         """Token logits, with the likelihood of the noisy latent added where the recipe says so."""
@@ -159,19 +281,36 @@ class TextDiTTraining(nn.Module):
         rows = zip(noisy, tokens, t, strict=True)
         return torch.stack([objectives.token_losses(self.logits(prior, z, at), ids) for z, ids, at in rows])
 
-    def _loss_per_token(
+    def _own_loss(
         self, predicted: Tensor, noisy: Tensor, latents: Tensor, noise: Tensor, tokens: Tensor, t: Tensor
     ) -> Tensor:
         """float32 `[rows, columns]`: nats of a token, or squared error averaged over channels."""
         if self.flow.objective == "token_cross_entropy":
             return objectives.token_losses(self.logits(predicted, noisy, t), tokens)
+        if self.flow.objective != self.flow.latent_space:
+            return objectives.converted_error(
+                self.path, self.x0(noisy, t, predicted), latents, t, self.flow.latent_space
+            )
         goal = self.path.velocity(latents, noise, t) if self.flow.objective == "velocity" else latents
         return objectives.squared_error(predicted, goal)
 
+    def _other_loss(
+        self, x0: Tensor, noisy: Tensor, latents: Tensor, tokens: Tensor, layout: Layout, t: Tensor
+    ) -> Tensor:
+        """float32 `[rows, columns]`: what `FlowConfig.other_weight` is of, for estimated clean latents."""
+        if self.flow.objective == "token_cross_entropy":
+            return objectives.converted_error(self.path, x0, latents, t, self.flow.latent_space)
+        assert self.decoder is not None
+        whole = torch.where((layout.role == CONTEXT)[..., None], latents, x0)
+        together = self.flow.target_encoding == "with_context"
+        return objectives.token_losses(self.decoder(whole, layout if together else layout.separated()), tokens)
 
-def make_denoiser(network: TextDiTConfig, flow: FlowConfig, vae: TextVAE | LatentAutoencoder) -> TextDiTTraining:
-    """The module of a recipe, for training and for generation. Raises ConfigError where the options do not fit
-    together."""
+
+def make_denoiser(
+    network: TextDiTConfig, flow: FlowConfig, vae: TextVAE | LatentAutoencoder, *, frozen: bool = False
+) -> TextDiTTraining:
+    """The module of a recipe, for training and for generation. `frozen`: the VAE stays as it is, so that losses may go
+    through its decoder. Raises ConfigError where the options do not fit together."""
     tokens_out = network.output == "tokens"
     if (flow.objective == "token_cross_entropy") != tokens_out:
         raise ConfigError(
@@ -198,9 +337,35 @@ def make_denoiser(network: TextDiTConfig, flow: FlowConfig, vae: TextVAE | Laten
         raise ConfigError("flow.token_likelihood adds to token logits: it needs objective token_cross_entropy")
     if flow.self_conditioning_probability > 0 and not network.self_conditioning:
         raise ConfigError("flow.self_conditioning_probability > 0 needs network.self_conditioning: true")
+    check_one_shot(flow, vae)
     table = vae.token_table() if tokens_out and isinstance(vae, TextVAE) else None
+    decoder = None
+    if flow.other_weight > 0 and not tokens_out:
+        if not (frozen and isinstance(vae, TextVAE)):
+            raise ConfigError("flow.token_weight needs a frozen TextVAE: it is for launch/pretrain_dit.py")
+        decoder = frozen_decoder(vae)
     dit = TextDiT(network, vae.config.latent_channels, vae.vocab_size)
-    return TextDiTTraining(dit, flow, path_from_name(flow.path), table)
+    return TextDiTTraining(dit, flow, path_from_name(flow.path), table, decoder)
+
+
+def frozen_decoder(vae: TextVAE) -> Decoder:
+    """Its decoder, no part of the module that is trained."""
+    return lambda latents, layout: vae.decode(vae.unstandardise(latents), layout)
+
+
+def check_one_shot(flow: FlowConfig, vae: TextVAE | LatentAutoencoder) -> None:
+    """Raise ConfigError where blocks, or a VAE, leave no place for what is asked for."""
+    asked = {
+        "infill_probability": flow.infill_probability > 0,
+        "attention prefix": flow.attention == "prefix",
+        "target_encoding with_context": flow.target_encoding == "with_context",
+        "eos_padding_tokens": flow.eos_padding_tokens > 0,
+    }
+    if flow.block_tokens and any(asked.values()):
+        names = ", ".join(name for name, there in asked.items() if there)
+        raise ConfigError(f"flow.{names}: only in one shot (flow.block_tokens: 0)")
+    if flow.target_encoding == "with_context" and vae.config.attention != "full":
+        raise ConfigError("flow.target_encoding with_context needs a VAE whose attention is full")
 
 
 def check_block_sizes(flow: FlowConfig, vae: TextVAEConfig) -> None:
@@ -262,7 +427,7 @@ def best_without_input(
         if module.flow.objective == "token_cross_entropy":
             errors = [-unigrams[ids]]
         else:
-            errors = [objectives.constant_predictor_error(module.path, t, module.flow.objective, latent_variance)]
+            errors = [objectives.constant_predictor_error(module.path, t, module.flow.latent_space, latent_variance)]
         if module.flow.token_likelihood:
             errors.append(module.no_context_loss(unigrams, inputs["latents"], inputs["noise"], ids, t))
         for name, error in zip(names, errors, strict=True):

@@ -231,7 +231,8 @@ class LDLMRecipe(Recipe):
             self.teacher.model.to(device, torch.float32 if device.type == "cpu" else torch.bfloat16)
 
     def loss_weights(self, step: int) -> dict[str, float]:
-        weights = {"flow": self.config.flow_weight, "tokens": self.config.token_weight}
+        weights = {name: self.config.flow_weight * weight for name, weight in self.flow.loss_weights(step).items()}
+        weights["tokens"] = self.config.token_weight
         return weights | ({"hidden": self.config.hidden_weight} if self.config.decoder_loss == "mse" else {})
 
     def end_of_step(self, step: int, applied: bool) -> None:
@@ -266,7 +267,7 @@ class LDLMRecipe(Recipe):
             "self_condition": feeds_back(self.flow, self.seed, step, purpose),
         }
         real = shot.layout.real.sum().double()
-        counts = {"flow": (shot.layout.real & shot.target).sum().double(), "tokens": real}
+        counts = self.flow.loss_counts((shot.layout.real & shot.target).sum().double()) | {"tokens": real}
         return Prepared(inputs, counts | ({"hidden": real} if self.config.decoder_loss == "mse" else {}))
 
     @torch.no_grad()

@@ -11,21 +11,38 @@ from megatext import rng
 from megatext.data.packing import TokenBatch
 from megatext.flow.timesteps import AdaptiveTimesteps, TimestepConfig
 from megatext.nn.attention import Mask, make_mask
-from megatext.nn.layout import CONTEXT, TARGET, Layout
+from megatext.nn.layout import CONTEXT, PADDING, TARGET, Layout
 from megatext.nn.text_vae import TextVAEConfig
 from megatext.recipes.denoiser import FlowConfig, History
 from megatext.recipes.draws import RowDraws
 
 
+@dataclass
+class Times:
+    """The timesteps of some rows."""
+
+    table: Tensor
+    """float32 `[1 + rows * groups]`: a timestep for each row and group; entry 0 is the clean end."""
+    earlier: Tensor | None
+    """Like it: each a step of `consistency.steps` nearer to the data; None where no loss asks for them."""
+    index: Tensor
+    """int64 `[rows, columns]` into both."""
+
+
 def draw_timesteps(
-    timesteps: TimestepConfig | AdaptiveTimesteps, draw: RowDraws, group: Tensor, groups: int
-) -> tuple[Tensor, Tensor]:
-    """(`timesteps [1 + rows * groups]`, index `[rows, columns]`): one timestep for each row and group, entry 0 the
-    clean end. In a row the timesteps are a golden-ratio sequence: spread evenly, whatever the row's length."""
+    flow: FlowConfig, timesteps: TimestepConfig | AdaptiveTimesteps, draw: RowDraws, group: Tensor, groups: int
+) -> Times:
+    """One timestep for each row and group `[rows, columns]`. In a row they are a golden-ratio sequence: spread evenly,
+    whatever the row's length."""
     u = (draw.uniform("timestep")[:, None] + 0.6180339887498949 * np.arange(groups)) % 1.0
-    t = timesteps.quantile(rng.on_device(u.flatten(), group.device)).float()
     rows = torch.arange(group.shape[0], device=group.device)[:, None]
-    return torch.cat((t.new_zeros(1), t)), 1 + rows * groups + group
+
+    def at(u: np.ndarray) -> Tensor:
+        t = timesteps.quantile(rng.on_device(u.flatten(), group.device)).float()
+        return torch.cat((t.new_zeros(1), t))
+
+    earlier = at(np.maximum(u - 1 / flow.consistency.steps, 0.0)) if flow.consistency.weight > 0 else None
+    return Times(at(u), earlier, 1 + rows * groups + group)
 
 
 def segment_groups(columns: int) -> int:
@@ -44,9 +61,10 @@ class OneShot:
     mask: Mask
     zeroed: Tensor
     """bool `[rows, columns]`: context that is zero vectors."""
+    alone: Tensor
+    """bool `[rows, columns]`: target that sees no context, or zeros in its place."""
     noise: Tensor
-    timesteps: Tensor
-    timestep_index: Tensor
+    times: Times
 
     @property
     def target(self) -> Tensor:
@@ -58,9 +76,10 @@ class OneShot:
         """One row of the shapes of training, for counting FLOPs."""
         zeros = torch.zeros(1, columns, dtype=torch.long)
         layout = Layout.of(zeros, zeros).with_role(TARGET)
-        timesteps = torch.zeros(1 + segment_groups(columns))
+        of_times = torch.zeros(1 + segment_groups(columns))
         noise = torch.zeros(1, columns, channels)
-        return OneShot(layout, layout, make_mask("full", layout), zeros > 0, noise, timesteps, zeros)
+        mask = make_mask("full", layout)
+        return OneShot(layout, layout, mask, zeros > 0, zeros > 0, noise, Times(of_times, of_times, zeros))
 
     def inputs(self, tokens: Tensor, latents: Tensor) -> dict[str, Any]:
         """What `TextDiTTraining.forward` takes, of tokens and latents `[rows, columns, ...]`."""
@@ -68,8 +87,10 @@ class OneShot:
             "latents": latents.masked_fill(self.zeroed[..., None], 0.0),
             "noise": self.noise,
             "tokens": tokens,
-            "timesteps": self.timesteps,
-            "timestep_index": self.timestep_index,
+            "timesteps": self.times.table,
+            "earlier_timesteps": self.times.earlier,
+            "timestep_index": self.times.index,
+            "alone": self.alone,
             "layout": self.seen,
             "mask": self.mask,
             "loss_mask": self.layout.real & self.target,
@@ -82,28 +103,87 @@ def one_shot(
     """Splits, dropped contexts, timesteps and noise for latents of so many channels; `timesteps` instead of the flow's
     own."""
     columns = batch.tokens.shape[1]
-    low, high = flow.context_fraction
-    fraction = low + (high - low) * draw.per_group("split", columns, batch.segment)
-    alone = draw.per_group("unconditional", columns, batch.segment) < flow.unconditional_probability
-    length = (batch.segment[:, :, None] == batch.segment[:, None, :]).sum(dim=-1)
-    context = (fraction * length).round().clamp(min=1).minimum(length - 1) * ~alone
-    layout = Layout.of(batch.segment, batch.position, torch.where(batch.position < context, CONTEXT, TARGET))
-    is_target = layout.role == TARGET
-    dropped = (draw.per_group("condition_dropout", columns, batch.segment) < flow.condition_dropout) & ~is_target
-    seen, zeroed = layout, dropped
+    is_target = _targets(flow, batch, draw)
+    layout = Layout.of(batch.segment, batch.position, torch.where(is_target, TARGET, CONTEXT))
+    no_context = ~_any_of_segment(~is_target, batch.segment)
+    dropped = draw.per_group("condition_dropout", columns, batch.segment) < flow.condition_dropout
+    out_of_sight = dropped & ~is_target
+    seen, zeroed = layout, out_of_sight
     if flow.null_condition == "drop":
-        segment = torch.where(dropped & layout.real, layout.segment + columns, layout.segment)
+        segment = torch.where(out_of_sight & layout.real, layout.segment + columns, layout.segment)
         seen, zeroed = replace(layout, segment=segment), torch.zeros_like(dropped)
     groups = segment_groups(columns)
-    drawn, index = draw_timesteps(timesteps or flow.timesteps, draw, batch.segment.clamp(min=0) % groups, groups)
+    times = draw_timesteps(flow, timesteps or flow.timesteps, draw, batch.segment.clamp(min=0) % groups, groups)
     return OneShot(
         layout=layout,
         seen=seen,
-        mask=make_mask("full", seen),
+        mask=make_mask(flow.attention, seen),
         zeroed=zeroed,
+        alone=is_target & (dropped | no_context),
         noise=draw.normal("noise", (columns, channels), batch.tokens.device),
-        timesteps=drawn,
-        timestep_index=index.masked_fill(~is_target, 0),
+        times=replace(times, index=times.index.masked_fill(~is_target, 0)),
+    )
+
+
+def _targets(flow: FlowConfig, batch: TokenBatch, draw: RowDraws) -> Tensor:
+    """bool `[rows, columns]`: what is to be generated, of each segment its end, or a part that lies anywhere in it."""
+    columns, (low, high) = batch.tokens.shape[1], flow.context_fraction
+    fraction = low + (high - low) * draw.per_group("split", columns, batch.segment)
+    unconditional = draw.per_group("unconditional", columns, batch.segment) < flow.unconditional_probability
+    length = (batch.segment[:, :, None] == batch.segment[:, None, :]).sum(dim=-1)
+    context = (fraction * length).round().clamp(min=1).minimum(length - 1) * ~unconditional
+    before = context
+    if flow.infill_probability > 0:
+        place = draw.per_group("infill", columns, batch.segment) / flow.infill_probability
+        before = torch.where(place < 1, (place * (context + 1)).floor(), context)
+    return (batch.position >= before) & (batch.position < before + length - context)
+
+
+def _any_of_segment(there: Tensor, segment: Tensor) -> Tensor:
+    """bool `[rows, columns]`: whether it holds anywhere in a token's own segment."""
+    same = segment[:, :, None] == segment[:, None, :]
+    return (same & there[:, None, :]).any(dim=-1)
+
+
+def cut_segments(flow: FlowConfig, batch: TokenBatch, draw: RowDraws) -> TokenBatch:
+    """The batch with its windows cut into segments of random lengths, as `flow.segment_lengths` says; the teacher's
+    states no longer belong to it."""
+    columns, least = batch.tokens.shape[1], flow.min_segment_tokens
+    if flow.segment_lengths == "windows":
+        return batch
+    places = torch.arange(columns, device=batch.segment.device).expand_as(batch.segment)
+    u = draw.per_group("segment_length", columns, places).double()
+    most = max(columns, least)
+    drawn = least * (most / least) ** u if flow.segment_lengths == "log_uniform" else least + (most - least) * u
+    ends = drawn.round().long().cumsum(dim=1)
+    piece = torch.searchsorted(ends, places.contiguous(), right=True)
+    begins = torch.ones_like(batch.segment, dtype=torch.bool)
+    begins[:, 1:] = (batch.segment[:, 1:] != batch.segment[:, :-1]) | (piece[:, 1:] != piece[:, :-1])
+    real = batch.segment != PADDING
+    segment = torch.where(real, begins.cumsum(dim=1) - 1, PADDING)
+    first = torch.where(begins, places, 0).cummax(dim=1).values
+    position = torch.where(real, places - first, 0)
+    return replace(batch, segment=segment, position=position, hidden=None, hidden_valid=None)
+
+
+def pad_with_ends(flow: FlowConfig, batch: TokenBatch, draw: RowDraws, eos_id: int) -> TokenBatch:
+    """The batch with up to `flow.eos_padding_tokens` ends of text after each row's last segment, as its own tokens."""
+    if not flow.eos_padding_tokens:
+        return batch
+    columns = batch.tokens.shape[1]
+    places = torch.arange(columns, device=batch.tokens.device).expand_as(batch.tokens)
+    filled = (batch.segment != PADDING).sum(dim=1, keepdim=True)  # what is free is at a row's end
+    drawn = (rng.on_device(draw.uniform("eos_padding"), places.device) * (flow.eos_padding_tokens + 1)).long()
+    added = (places >= filled) & (places < filled + drawn[:, None]) & (filled > 0)
+    last = (filled - 1).clamp(min=0)
+    position = batch.position.gather(1, last) + places - last
+    return replace(
+        batch,
+        tokens=batch.tokens.masked_fill(added, eos_id),
+        segment=torch.where(added, batch.segment.gather(1, last), batch.segment),
+        position=torch.where(added, position, batch.position),
+        hidden=None,
+        hidden_valid=None,
     )
 
 
@@ -118,9 +198,10 @@ class TwoStreams:
     """Of the noisy copies side by side, `[rows, copies * columns]`, as all that follows."""
     noisy_mask: Mask
     noise: Tensor
-    timesteps: Tensor
-    timestep_index: Tensor
+    times: Times
     loss_mask: Tensor
+    alone: Tensor
+    """bool, as `noisy`: sees nothing clean."""
     neighbours: Tensor
 
     @staticmethod
@@ -130,29 +211,32 @@ class TwoStreams:
         clean = Layout.of(zeros, zeros)
         noisy = Layout.concatenate([clean.with_role(TARGET)] * flow.noise_copies)
         groups = -(-columns // flow.block_tokens) if flow.timestep_per == "block" else segment_groups(columns)
+        of_times = torch.zeros(1 + flow.noise_copies * groups)
         return TwoStreams(
             clean=clean,
             clean_mask=make_mask("two_stream", clean),
             noisy=noisy,
             noisy_mask=make_mask("two_stream", noisy, Layout.concatenate([clean, noisy])),
             noise=torch.zeros(*noisy.segment.shape, channels),
-            timesteps=torch.zeros(1 + flow.noise_copies * groups),
-            timestep_index=noisy.segment,
+            times=Times(of_times, of_times, noisy.segment),
             loss_mask=noisy.real,
+            alone=noisy.segment > 0,
             neighbours=noisy.segment,
         )
 
     def inputs(self, tokens: Tensor, latents: Tensor) -> dict[str, Any]:
         """What `TextDiTTraining.forward` takes, of tokens and latents `[rows, columns, ...]`. What is given clean,
         history and the first tokens of some blocks, has no gradient into the latents."""
-        copies, given = self.noisy.segment.shape[1] // self.clean.segment.shape[1], self.timestep_index == 0
+        copies, given = self.noisy.segment.shape[1] // self.clean.segment.shape[1], self.times.index == 0
         noisy = latents.repeat(1, copies, 1)
         return {
             "latents": torch.where(given[..., None], noisy.detach(), noisy),
             "noise": self.noise,
             "tokens": tokens.repeat(1, copies),
-            "timesteps": self.timesteps,
-            "timestep_index": self.timestep_index,
+            "timesteps": self.times.table,
+            "earlier_timesteps": self.times.earlier,
+            "timestep_index": self.times.index,
+            "alone": self.alone,
             "layout": self.noisy,
             "mask": self.noisy_mask,
             "loss_mask": self.loss_mask,
@@ -181,7 +265,7 @@ def two_streams(flow: FlowConfig, batch: TokenBatch, draw: RowDraws, vae: TextVA
         groups = segment_groups(columns)
         group = batch.segment.clamp(min=0) % groups
     dropped = draw.per_group("condition_dropout", columns, batch.segment) < flow.condition_dropout
-    noisy, index, known, neighbours = [], [], [], []
+    noisy, index, known, neighbours, alone = [], [], [], [], []
     first, left = batch.position % size == 0, batch.tokens.roll(1, dims=1)
     for copy in range(copies):
         # A dropped segment gets a number of its own: the clean copy, its history, is out of sight.
@@ -197,7 +281,8 @@ def two_streams(flow: FlowConfig, batch: TokenBatch, draw: RowDraws, vae: TextVA
         known.append(given)
         clean_left = (batch.position > 0) & torch.where(first, ~dropped, given.roll(1, dims=1))
         neighbours.append(torch.where(clean_left, left, -1))
-    timesteps, timestep_index = draw_timesteps(flow.timesteps, draw, torch.cat(index, dim=1), copies * groups)
+        alone.append(dropped | (clean.block == 0))
+    times = draw_timesteps(flow, flow.timesteps, draw, torch.cat(index, dim=1), copies * groups)
     pinned, layout = torch.cat(known, dim=1), Layout.concatenate(noisy)
     return TwoStreams(
         clean=clean,
@@ -205,8 +290,8 @@ def two_streams(flow: FlowConfig, batch: TokenBatch, draw: RowDraws, vae: TextVA
         noisy=layout,
         noisy_mask=make_mask("two_stream", layout, Layout.concatenate([clean, layout])),
         noise=draw.normal("noise", (copies * columns, vae.latent_channels), batch.tokens.device),
-        timesteps=timesteps,
-        timestep_index=timestep_index.masked_fill(pinned, 0),
+        times=replace(times, index=times.index.masked_fill(pinned, 0)),
         loss_mask=layout.real & ~pinned,
+        alone=torch.cat(alone, dim=1),
         neighbours=torch.cat(neighbours, dim=1),
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatext import rng
+from megatext.config import ConfigError
 from megatext.data.packing import TokenBatch
 from megatext.nn.blocks import TrunkConfig, initialise
 from megatext.nn.dit import TextDiTConfig
@@ -29,7 +30,7 @@ from megatext.recipes.denoiser import (
     stored_weights,
 )
 from megatext.recipes.draws import RowDraws
-from megatext.recipes.noisy_rows import OneShot, TwoStreams, one_shot, two_streams
+from megatext.recipes.noisy_rows import OneShot, TwoStreams, cut_segments, one_shot, pad_with_ends, two_streams
 from megatext.recipes.pretrained import is_text_vae, load_text_vae, text_vae_config, weights_hash, write_model
 from megatext.recipes.warm_start import load_language_model
 from megatext.tokenizer import load_tokenizer
@@ -69,7 +70,10 @@ class TextDiTRecipe(Recipe):
         self.vae_directory = Path(config.dit.vae)
         self.vae, self.tokenizer_fingerprint = load_text_vae(self.vae_directory)
         self.built_on = {"dit.vae": weights_hash(self.vae_directory)}
-        self.module = make_denoiser(config.dit.network, config.dit.flow, self.vae)
+        if self.flow.eos_padding_tokens and config.data.packed:
+            raise ConfigError("dit.flow.eos_padding_tokens needs data.packed: false, and rows longer than windows")
+        self.eos_id = load_tokenizer(self.vae_directory).eos_id
+        self.module = make_denoiser(config.dit.network, config.dit.flow, self.vae, frozen=True)
         initialise(
             self.module, lambda name, p: torch.randn(p.shape, generator=rng.generator(self.seed, f"init/{name}"))
         )
@@ -83,7 +87,7 @@ class TextDiTRecipe(Recipe):
             self.module.table = self.module.table.to(device)
 
     def loss_weights(self, step: int) -> dict[str, float]:
-        return {"flow": 1.0}
+        return self.flow.loss_weights(step)
 
     def end_of_step(self, step: int, applied: bool) -> None:
         if self.module.timesteps is not None:
@@ -92,10 +96,13 @@ class TextDiTRecipe(Recipe):
     @torch.no_grad()
     def prepare(self, batch: TokenBatch, *, step: int, purpose: str = "train") -> Prepared:
         draw = RowDraws(self.seed, purpose, batch.row_index)
+        if purpose == "train":
+            batch = cut_segments(self.flow, batch, draw)
+        batch = pad_with_ends(self.flow, batch, draw, self.eos_id)
         make = self._two_streams if self.flow.block_tokens else self._context_and_target
         inputs = make(batch, draw)
         inputs["self_condition"] = feeds_back(self.flow, self.seed, step, purpose)
-        return Prepared(inputs, {"flow": inputs["loss_mask"].sum().double()})
+        return Prepared(inputs, self.flow.loss_counts(inputs["loss_mask"].sum().double()))
 
     def _two_streams(self, batch: TokenBatch, draw: RowDraws) -> dict[str, Any]:
         """One clean copy of the row and `noise_copies` noisy ones, block by block."""
@@ -107,10 +114,13 @@ class TextDiTRecipe(Recipe):
         return streams.inputs(batch.tokens, self.vae.standardise(mean))
 
     def _context_and_target(self, batch: TokenBatch, draw: RowDraws) -> dict[str, Any]:
-        """Every segment split in a clean context and a noisy target that are encoded separately."""
+        """Every segment split in a clean context and a noisy target, encoded without it or beside it."""
         timesteps = self.module.timesteps if draw.purpose == "train" else None
         shot = one_shot(self.flow, batch, draw, self.vae.config.latent_channels, timesteps)
-        mean, log_variance, _ = self.vae.encode(batch.tokens, shot.layout.separated())
+        if self.flow.target_encoding == "separate":
+            mean, log_variance, _ = self.vae.encode(batch.tokens, shot.layout.separated())
+        else:
+            mean, log_variance, _ = self.vae.encode(batch.tokens, shot.layout, rule="prefix")
         posterior = draw.normal("posterior", tuple(mean.shape[1:]), mean.device)
         # The flow's goal is a posterior sample, the condition the mean (papers leave it open).
         sample = self.vae.sample(mean, log_variance, posterior)
@@ -150,7 +160,7 @@ def needed(config: PretrainDiTConfig) -> list[str]:
 
 
 def make(config: PretrainDiTConfig, vocab_size: int) -> TextDiTTraining:
-    return make_denoiser(config.dit.network, config.dit.flow, _untrained_vae(config, vocab_size))
+    return make_denoiser(config.dit.network, config.dit.flow, _untrained_vae(config, vocab_size), frozen=True)
 
 
 def _untrained_vae(config: PretrainDiTConfig, vocab_size: int) -> TextVAE:

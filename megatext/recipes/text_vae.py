@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, Literal
 
 import torch
@@ -46,6 +47,10 @@ class TextVAERecipeConfig:
     """From the encoder's features to the teacher's width."""
     decoder_noise: float = 0.0
     """Decoder inputs become (1 - s) z + s eps with s uniform in [0, decoder_noise] a segment."""
+    latent_dropout: float = 0.0
+    """Share of the channels of what the decoder reads that are zero, without rescaling the others (AURORA-LM)."""
+    token_dropout: float = 0.0
+    """Share of the tokens whose embedding the encoder sees as zero (AURORA-LM)."""
     truncation: float = 0.0
     """Share of segments cut at a random length in training (TextLDM's random truncation)."""
     mask_weight: float = 0.0
@@ -69,6 +74,8 @@ class TextVAETraining(nn.Module):
     def __init__(self, network: TextVAE, config: TextVAERecipeConfig, teacher_width: int) -> None:
         super().__init__()
         self.network, self.decoder_noise = network, config.decoder_noise
+        if not (0 <= config.latent_dropout < 1 and 0 <= config.token_dropout < 1):
+            raise ConfigError("vae.latent_dropout and vae.token_dropout must be at least 0 and below 1")
         if config.mask_weight > 0 and not network.config.mask_token:
             raise ConfigError("mask_weight > 0 needs vae.network.mask_token: true")
         self.projector: nn.Module | None = None
@@ -88,14 +95,19 @@ class TextVAETraining(nn.Module):
         teacher: Tensor | None,
         teacher_mask: Tensor | None,
         hidden: "HiddenTokens | None" = None,
+        dropped_tokens: Tensor | None = None,
+        dropped_channels: Tensor | None = None,
     ) -> Output:
         """`tokens` int64 and `noise_level` float32 `[rows, columns]`, both noises `[rows, columns, channels]`,
         `teacher` standardised states `[rows, columns, teacher width]` and where they are valid; `hidden` the tokens of
-        the masking loss."""
-        mean, log_variance, features = self.network.encode(tokens, layout)
+        the masking loss; `dropped_tokens` `[rows, columns]` and `dropped_channels` `[rows, columns, channels]` bool."""
+        mean, log_variance, features = self.network.encode(tokens, layout, hidden=dropped_tokens)
         latents = self.network.sample(mean, log_variance, posterior_noise)
         level = noise_level[..., None]
-        logits = self.network.decode((1 - level) * latents + level * decoder_noise, layout)
+        read = (1 - level) * latents + level * decoder_noise
+        logits = self.network.decode(
+            read if dropped_channels is None else read.masked_fill(dropped_channels, 0.0), layout
+        )
         cross_entropy = objectives.token_losses(logits, tokens)
         kl = objectives.gaussian_kl(mean, log_variance)
         real = layout.real
@@ -219,6 +231,12 @@ class TextVAERecipe(Recipe):
             "teacher": None,
             "teacher_mask": None,
         }
+        if purpose == "train" and self.config.token_dropout > 0:
+            places = torch.arange(columns, device=device).expand_as(segment)
+            inputs["dropped_tokens"] = draw.per_group("token_dropout", columns, places) < self.config.token_dropout
+        if purpose == "train" and self.config.latent_dropout > 0:
+            threshold = NormalDist().inv_cdf(self.config.latent_dropout)
+            inputs["dropped_channels"] = draw.normal("latent_dropout", shape, device) < threshold
         counts = {"reconstruction": layout.real.sum().double(), "kl": layout.real.sum().double()}
         if self.config.mask_weight > 0:
             inputs["hidden"] = HiddenTokens.draw(draw, layout.real, self.config.mask_probability)

@@ -70,11 +70,11 @@ def test_losses_are_the_papers() -> None:
     }
     # the flow's loss: the velocity noise - x0, read off the denoiser's own row
     z = latents - 0.2
-    t = streams.timesteps[streams.timestep_index][..., None]
+    t = streams.times.table[streams.times.index][..., None]
     velocity, _ = recipe.module.denoiser.network(
         (1 - t) * z + t * streams.noise,
-        streams.timesteps,
-        streams.timestep_index,
+        streams.times.table,
+        streams.times.index,
         streams.noisy.position,
         torch.ones_like(real),
         streams.noisy_mask,
@@ -184,7 +184,7 @@ def test_given_tokens_end_where_a_latent_tells_of_nothing_after_them() -> None:
     lengths = {}
     for name, vae in (("causal", VAE), ("blocks", replace(VAE, attention="block_causal", block_tokens=2))):
         streams = make_recipe(replace(CONFIG, flow=flow), vae).prepare(make_batch(rows=50), step=0).inputs["streams"]
-        given = (streams.timestep_index == 0) & streams.noisy.real
+        given = (streams.times.index == 0) & streams.noisy.real
         starts = (streams.noisy.position % 4 == 0) & streams.noisy.real
         starts[:, -6:] = False  # the last block of a segment may be short
         rows, columns = starts.nonzero(as_tuple=True)
@@ -198,7 +198,7 @@ def test_as_many_blocks_are_partly_given_as_asked_for(sizes: tuple[int, ...]) ->
     flow = replace(FLOW, block_tokens=16, training_block_tokens=sizes, partial_block_probability=0.25)
     batch = one_segment(rows=400, columns=64)
     streams = make_recipe(replace(CONFIG, flow=flow)).prepare(batch, step=0).inputs["streams"]
-    given = streams.timestep_index == 0
+    given = streams.times.index == 0
     for size in sizes if len(sizes) == 1 else ():
         blocks = given.view(400, -1, size)
         partly = blocks.any(-1).double()
@@ -239,7 +239,7 @@ def test_what_has_a_timestep_of_its_own(per: str) -> None:
     flow = replace(FLOW, timestep_per=per, partial_block_probability=0.0)  # type: ignore[arg-type]
     recipe, batch = make_recipe(replace(CONFIG, flow=flow)), make_batch(rows=8, row_tokens=48)
     streams = recipe.prepare(batch, step=0).inputs["streams"]
-    t = streams.timesteps[streams.timestep_index]
+    t = streams.times.table[streams.times.index]
     for row in range(8):
         for segment in (0, 1):
             where = batch.segment[row] == segment
@@ -252,7 +252,7 @@ def test_timesteps_lean_to_noise_as_their_location_says() -> None:
     """Logit-normal: half of the timesteps lie above sigmoid(location), and 84 % below sigmoid(location + scale)."""
     recipe, batch = make_recipe(), make_batch(rows=500)
     streams = recipe.prepare(batch, step=0).inputs["streams"]
-    t = streams.timesteps[1:]
+    t = streams.times.table[1:]
     below = [float((t < torch.sigmoid(torch.tensor(at))).float().mean()) for at in (1.0, 2.0)]
     assert below == pytest.approx([0.5, 0.8413], abs=0.01)
 

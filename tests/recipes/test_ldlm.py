@@ -103,7 +103,8 @@ def test_the_gate_scales_the_encoders_gradient_and_nothing_else(warmup_steps: in
     step, gate = 7, encoder_gate(7, warmup_steps)
     inputs = recipe.prepare(make_batch(), step=step).inputs
     inputs["states"], inputs["decoder_noise"] = inputs["states"].double(), inputs["decoder_noise"].double()
-    inputs["shot"].noise, inputs["shot"].timesteps = inputs["shot"].noise.double(), inputs["shot"].timesteps.double()
+    inputs["shot"].noise = inputs["shot"].noise.double()
+    inputs["shot"].times.table = inputs["shot"].times.table.double()
 
     def loss() -> Tensor:
         return recipe.module(**inputs).loss_sums["flow"]
@@ -152,12 +153,12 @@ def test_losses_by_independent_arithmetic() -> None:
     assert output.loss_sums["tokens"].item() == pytest.approx(tokens.item(), rel=1e-5)
     target = shot.target & real
     assert prepared.counts == {"flow": target.sum(), "hidden": real.sum(), "tokens": real.sum()}
-    t = shot.timesteps[shot.timestep_index][..., None]
+    t = shot.times.table[shot.times.index][..., None]
     turn = torch.atan(3 * torch.tan(math.pi / 2 * t))
     noisy = turn.cos() * latents + turn.sin() * shot.noise
     known = torch.where(shot.target[..., None], noisy, latents.masked_fill(shot.zeroed[..., None], 0))
     predicted = recipe.module.denoiser.network(
-        known, shot.timesteps, shot.timestep_index, batch.position, shot.target, shot.mask
+        known, shot.times.table, shot.times.index, batch.position, shot.target, shot.mask
     )[0]
     flow = ((predicted - latents) ** 2).mean(-1)[target].sum()
     assert output.loss_sums["flow"].item() == pytest.approx(flow.item(), rel=1e-4)
@@ -205,11 +206,11 @@ def test_adaptive_timesteps_follow_the_loss_and_are_exported() -> None:
         with torch.no_grad():
             latents = ae.encode_states(prepared.inputs["states"], shot.layout)
             recipe.module.denoiser.timesteps = None
-            t = shot.timesteps[shot.timestep_index]
+            t = shot.times.table[shot.times.index]
             noisy = recipe.module.denoiser.path.interpolate(latents, shot.noise, t)
             known = torch.where(shot.target[..., None], noisy, latents.masked_fill(shot.zeroed[..., None], 0))
             predicted = recipe.module.denoiser.network(
-                known, shot.timesteps, shot.timestep_index, own.position, shot.target, shot.mask
+                known, shot.times.table, shot.times.index, own.position, shot.target, shot.mask
             )[0]
             recipe.module.denoiser.timesteps = sampler
         error = ((predicted - latents) ** 2).mean(-1)
@@ -249,8 +250,8 @@ def test_a_validation_looks_at_fixed_timesteps() -> None:
     for favoured in (0, 3):
         sampler.probabilities.fill_(0.01)[favoured] = 0.97
         shots += [recipe.prepare(make_batch(), step=0, purpose=p).inputs["shot"] for p in ("train", "validation")]
-    assert torch.equal(shots[1].timesteps, shots[3].timesteps)
-    assert shots[0].timesteps[1:].median() < 0.25 and shots[2].timesteps[1:].median() > 0.75
+    assert torch.equal(shots[1].times.table, shots[3].times.table)
+    assert shots[0].times.table[1:].median() < 0.25 and shots[2].times.table[1:].median() > 0.75
 
 
 def test_a_context_does_not_know_its_target() -> None:

@@ -31,8 +31,8 @@ def make_recipe(flow: FlowConfig, *, local: bool = True, network: TextDiTConfig 
     network = network or TextDiTConfig(trunk=TRUNK, output="tokens" if tokens_out else "latent")
     config = TextDiTRecipeConfig(network=network, flow=flow)
     recipe = object.__new__(TextDiTRecipe)
-    recipe.config, recipe.seed, recipe.flow, recipe.vae = config, 3, flow, vae
-    recipe.module = make_denoiser(config.network, config.flow, vae)
+    recipe.config, recipe.seed, recipe.flow, recipe.vae, recipe.eos_id = config, 3, flow, vae, 2
+    recipe.module = make_denoiser(config.network, config.flow, vae, frozen=True)
     with torch.no_grad():
         for parameter in recipe.module.parameters():
             parameter.copy_(torch.randn(parameter.shape) * 0.3)

@@ -1,0 +1,160 @@
+"""One shot: caches of a prefix, gaps, early exit, traces."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatext.config import ConfigError
+from megatext.flow import guidance
+from megatext.generation.noise import Request
+from megatext.generation.sampling import SamplingConfig
+from megatext.generation.text_generator import TextGenerator
+from megatext.nn.attention import make_mask
+from megatext.nn.layout import CONTEXT, PADDING, TARGET, Layout
+from megatext.recipes.denoiser import FlowConfig
+from tests.generation.test_text_generator import LENGTHS, PROMPTS, SYSTEMS, export
+
+GENERATED = {
+    "full": FlowConfig(objective="x0"),
+    "prefix": FlowConfig(objective="x0", attention="prefix"),
+    "prefix_zeros": FlowConfig(objective="velocity", attention="prefix", null_condition="zeros"),
+    "with_context": FlowConfig(objective="x0", target_encoding="with_context"),
+}
+
+
+@pytest.fixture(params=sorted(GENERATED))
+def generator(
+    request: pytest.FixtureRequest, tmp_path: Path, tokenizer_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> TextGenerator:
+    monkeypatch.setitem(SYSTEMS, request.param, (GENERATED[request.param], 2))
+    return TextGenerator.from_pretrained(export(tmp_path, tokenizer_directory, request.param))
+
+
+def test_every_step_is_what_the_whole_row_without_a_cache_gives(generator: TextGenerator) -> None:
+    """As training sees it: context and target in one packed row, once with the context and once without."""
+    network, flow = generator.module.network, generator.flow
+    prompt = generator.tokenizer.encode(PROMPTS[0])[:7]
+    seen: list[torch.Tensor] = []
+    keep = network.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(output[0]) if kwargs.get("predict", True) else None,
+        with_kwargs=True,
+    )
+    denoised: list[tuple[torch.Tensor, torch.Tensor]] = []
+    combine = guidance.combine
+
+    def note(conditional: torch.Tensor, without: torch.Tensor, scale: float) -> torch.Tensor:
+        denoised.append((conditional, without))
+        return combine(conditional, without, scale)
+
+    guidance.combine = note  # type: ignore[assignment]
+    try:
+        sampling = SamplingConfig(steps=1, guidance_scale=2.0)
+        list(generator._pieces([Request(prompt, 5, 3), Request(prompt[:3], 4, 4)], sampling))
+    finally:
+        guidance.combine = combine
+        keep.remove()
+    ((conditional, without),) = denoised
+    assert len(seen) == 1  # both passes are one
+    from megatext.generation.noise import Noise
+
+    noise = Noise([Request(prompt, 5, 3)], [0], [(0, 5)], torch.device("cpu")).normal(6)
+    position = torch.arange(12)[None]
+    role = torch.where(position < 7, CONTEXT, TARGET)
+    tokens = torch.tensor([prompt + [0] * 5])
+    context = generator.latents_of(tokens, Layout.of(torch.where(position < 7, 0, PADDING), position))
+    target = position >= 7
+    z = torch.where(target[..., None], torch.cat((torch.zeros(1, 7, 6), noise), dim=1), context)
+    t = torch.tensor([0.0, 1.0])
+    for given, found in ((True, conditional), (False, without)):
+        dropped = not given and flow.null_condition == "drop"
+        segment = torch.where((position < 7) & torch.tensor(dropped), 1, 0)
+        layout = Layout.of(segment, position, role)
+        row = z if given or dropped else torch.where(target[..., None], z, 0.0)
+        out = network(row, t, target.long(), position, target, make_mask(flow.attention, layout))[0]
+        torch.testing.assert_close(out[:, 7:], found[:1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_a_text_does_not_depend_on_its_neighbours(generator: TextGenerator, guidance_scale: float) -> None:
+    for more in (SamplingConfig(), SamplingConfig(solver="dpmpp_2m_sde"), SamplingConfig(exit_margin=0.02)):
+        sampling = replace(more, steps=4, guidance_scale=guidance_scale)
+        together = generator.generate(PROMPTS, target_tokens=LENGTHS, seeds=[5, 6, 7, 8], sampling=sampling)
+        for i in range(4):
+            alone = generator.generate([PROMPTS[i]], target_tokens=[LENGTHS[i]], seeds=[5 + i], sampling=sampling)
+            assert alone == [together[i]]
+
+
+def test_a_gap_at_the_end_is_a_continuation(generator: TextGenerator) -> None:
+    sampling = SamplingConfig(steps=3)
+    (text,) = generator.generate([PROMPTS[0]], target_tokens=[6], seeds=[1], sampling=sampling)
+    (whole,) = generator.infill([[PROMPTS[0], 6]], seeds=[1], sampling=sampling)
+    ids = generator.tokenizer.encode(PROMPTS[0])
+    (row,) = next(iter(generator._pieces([Request(ids, 6, 1)], sampling)))
+    assert whole == generator.tokenizer.decode([*ids, *row]) and generator.tokenizer.decode(row) == text
+
+
+def test_infilling_keeps_what_is_given_and_depends_on_both_sides(generator: TextGenerator) -> None:
+    sampling = SamplingConfig(steps=3)
+    ends = ["on the mat", "under a tree"]
+    predicted: list[torch.Tensor] = []
+    hook = generator.module.network.register_forward_hook(lambda module, args, output: predicted.append(output[0]))
+    texts = generator.infill(
+        [[PROMPTS[0], 5, end] for end in ends] + [[4, "the tree", 2]], seeds=[1, 1, 2], sampling=sampling
+    )
+    for text, end in zip(texts, ends, strict=False):
+        assert text.startswith(PROMPTS[0]) and text.endswith(end)
+    assert "the tree" in texts[2]
+    hook.remove()
+    # the same noise before other ends; as random weights say mostly the same tokens, by what the network says
+    assert not torch.allclose(predicted[-1][0, -5:], predicted[-1][1, -5:], atol=1e-3)
+    alone = generator.infill([[4, "the tree", 2]], seeds=[2], sampling=sampling)
+    assert alone == texts[2:]
+    for pieces, message in (([PROMPTS[0]], "without a gap"), ([PROMPTS[0], "", 3], "empty piece")):
+        with pytest.raises(ConfigError, match=message):
+            generator.infill([pieces], seeds=[0])
+
+
+def test_infilling_needs_one_shot(tmp_path: Path, tokenizer_directory: Path) -> None:
+    blocks = TextGenerator.from_pretrained(export(tmp_path, tokenizer_directory, "blocks"))
+    with pytest.raises(ConfigError, match="one-shot"):
+        blocks.infill([["the", 3, "cat"]], seeds=[0])
+
+
+@pytest.mark.parametrize("name", ["blocks", "cola", "one_shot"])
+def test_steps_end_where_every_token_is_sure(name: str, tmp_path: Path, tokenizer_directory: Path) -> None:
+    generator = TextGenerator.from_pretrained(export(tmp_path, tokenizer_directory, name))
+    calls = 0
+
+    def count(module: object, args: object, kwargs: dict[str, object], output: object) -> None:
+        nonlocal calls
+        calls += bool(kwargs.get("predict", True))
+
+    generator.module.network.register_forward_hook(count, with_kwargs=True)
+    texts, steps = {}, {}
+    for margin in (0.0, 1e-6, 1.0):
+        calls = 0
+        sampling = SamplingConfig(steps=6, exit_margin=margin)
+        texts[margin] = generator.generate([PROMPTS[0]], target_tokens=[4], seeds=[2], sampling=sampling)
+        steps[margin] = calls
+    blocks = steps[0.0] // 6
+    assert steps[1e-6] == blocks and steps[1.0] == steps[0.0]  # at once; never
+    assert texts[1.0] == texts[0.0]
+    one = SamplingConfig(steps=6)
+    first = generator.trace(PROMPTS[0], target_tokens=4, seed=2, sampling=one)[0]
+    assert texts[1e-6][0].startswith(first) if name != "one_shot" else texts[1e-6] == [first]
+    with pytest.raises(ConfigError, match="exit_margin"):
+        generator.generate(["a"], target_tokens=[2], seeds=[0], sampling=SamplingConfig(exit_margin=2.0))
+
+
+@pytest.mark.parametrize("name", sorted(SYSTEMS))
+def test_a_trace_ends_in_the_text(name: str, tmp_path: Path, tokenizer_directory: Path) -> None:
+    generator = TextGenerator.from_pretrained(export(tmp_path, tokenizer_directory, name))
+    sampling = SamplingConfig(steps=5)
+    shown = generator.trace(PROMPTS[0], target_tokens=9, seed=3, sampling=sampling)
+    assert [shown[-1]] == generator.generate([PROMPTS[0]], target_tokens=[9], seeds=[3], sampling=sampling)
+    known = len(generator.tokenizer.encode(PROMPTS[0]))
+    size = generator.flow.block_tokens
+    blocks = -(-(known + 9) // size) - known // size if size else 1
+    assert len(shown) == 5 * blocks and generator.observer is None

@@ -1,0 +1,294 @@
+"""Each option of the flow changes what it says, checked by a few lines of arithmetic of its own."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatext.config import ConfigError
+from megatext.data.packing import TokenBatch
+from megatext.flow import objectives
+from megatext.flow.paths import Linear, Path, TanD
+from megatext.flow.timesteps import TimestepConfig
+from megatext.nn.dit import TextDiTConfig
+from megatext.nn.layout import CONTEXT, TARGET
+from megatext.recipes.denoiser import ConsistencyConfig, FlowConfig
+from megatext.recipes.draws import RowDraws
+from megatext.recipes.noisy_rows import cut_segments, one_shot, pad_with_ends
+from tests.recipes.rows import make_batch
+from tests.recipes.test_text_dit import BLOCKS, ONE_SHOT, TRUNK, make_recipe
+
+
+def predictions(recipe: Any, inputs: dict[str, Any]) -> list[Tensor]:
+    """What the network said in a forward pass of the losses, call by call."""
+    seen: list[Tensor] = []
+    hook = recipe.module.network.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(output[0]) if kwargs.get("predict", True) else None,
+        with_kwargs=True,
+    )
+    recipe.module(**inputs)
+    hook.remove()
+    return seen
+
+
+def noisy_of(inputs: dict[str, Any], path: Path) -> tuple[Tensor, Tensor]:
+    """z and t `[rows, columns, 1]`."""
+    t = inputs["timesteps"][inputs["timestep_index"]]
+    return path.interpolate(inputs["latents"], inputs["noise"], t), t[..., None]
+
+
+@pytest.mark.parametrize("path", [Linear(), TanD(3.0)])
+def test_an_error_of_x0_as_one_of_the_velocity(path: Path) -> None:
+    x0, guess, noise = torch.randn(3, 2, 5, 4, dtype=torch.float64)
+    t = torch.rand(2, 5, dtype=torch.float64) * 0.9 + 0.08
+    z = path.interpolate(x0, noise, t)
+    by_hand = (path.velocity_from_x0(z, guess, t) - path.velocity(x0, noise, t)).square().mean(-1)
+    torch.testing.assert_close(
+        objectives.converted_error(path, guess, x0, t, "velocity").double(), by_hand, rtol=1e-4, atol=1e-6
+    )
+    assert torch.equal(objectives.converted_error(path, guess, x0, t, "x0"), objectives.squared_error(guess, x0))
+    at_clean = objectives.converted_error(path, guess, x0, torch.zeros(2, 5, dtype=torch.float64), "velocity")
+    assert bool(at_clean.isfinite().all())
+
+
+@pytest.mark.parametrize(("objective", "latent_loss"), [("velocity", "x0"), ("x0", "velocity"), ("x0", "x0")])
+def test_predictions_and_losses_in_either_space(objective: str, latent_loss: str) -> None:
+    flow = replace(ONE_SHOT, objective=objective, latent_loss=latent_loss)  # type: ignore[arg-type]
+    recipe = make_recipe(flow, local=False)
+    prepared = recipe.prepare(make_batch(), step=0)
+    (predicted,) = predictions(recipe, prepared.inputs)
+    z, t = noisy_of(prepared.inputs, Linear())
+    x0 = predicted if objective == "x0" else z - t * predicted
+    error = x0 - prepared.inputs["latents"]
+    error = error if latent_loss == "x0" else error / t.clamp(min=0.05)
+    expected = (error.square().mean(-1) * prepared.inputs["loss_mask"]).sum()
+    torch.testing.assert_close(recipe.module(**prepared.inputs).loss_sums["flow"], expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("target_encoding", ["separate", "with_context"])
+def test_cross_entropy_through_the_frozen_decoder(target_encoding: str) -> None:
+    flow = replace(ONE_SHOT, objective="x0", token_weight=0.5, target_encoding=target_encoding)  # type: ignore[arg-type]
+    recipe = make_recipe(flow, local=False)
+    recipe.vae.latent_mean.fill_(0.3)
+    recipe.vae.latent_std.fill_(2.0)
+    prepared = recipe.prepare(make_batch(), step=0)
+    output = recipe.module(**prepared.inputs)
+    (x0,) = predictions(recipe, prepared.inputs)
+    layout, mask = prepared.inputs["layout"], prepared.inputs["loss_mask"]
+    whole = torch.where((layout.role == CONTEXT)[..., None], prepared.inputs["latents"], x0) * 2.0 + 0.3
+    logits = recipe.vae.decode(whole, layout.separated() if target_encoding == "separate" else layout)
+    expected = torch.nn.functional.cross_entropy(logits[mask], prepared.inputs["tokens"][mask], reduction="sum")
+    torch.testing.assert_close(output.loss_sums["flow_tokens"], expected, rtol=1e-4, atol=1e-3)
+    assert (
+        recipe.loss_weights(0) == {"flow": 1.0, "flow_tokens": 0.5}
+        and prepared.counts.keys() == output.loss_sums.keys()
+    )
+    output.loss_sums["flow_tokens"].backward()
+    assert recipe.module.network.head.weight.grad is not None
+    assert not any(name.startswith("decoder") for name, _ in recipe.module.named_parameters())
+    alone = make_recipe(replace(flow, latent_weight=0.0), local=False)
+    assert alone.loss_weights(0) == {"flow": 0.0, "flow_tokens": 0.5}
+
+
+def test_the_expected_latents_error_beside_token_cross_entropy() -> None:
+    recipe = make_recipe(replace(BLOCKS, latent_weight=2.0))
+    prepared = recipe.prepare(make_batch(), step=0)
+    (logits,) = predictions(recipe, prepared.inputs)
+    z, t = noisy_of(prepared.inputs, Linear())
+    table = recipe.module.table
+    assert table is not None
+    x0 = recipe.module.logits(logits, z, t[..., 0]).softmax(-1) @ table
+    expected = ((x0 - prepared.inputs["latents"]).square().mean(-1) * prepared.inputs["loss_mask"]).sum()
+    output = recipe.module(**prepared.inputs)
+    torch.testing.assert_close(output.loss_sums["flow_latent"], expected, rtol=1e-4, atol=1e-3)
+    assert recipe.loss_weights(0) == {"flow": 1.0, "flow_latent": 2.0}
+
+
+@pytest.mark.parametrize("flow", [ONE_SHOT, BLOCKS])
+def test_consistency_with_a_step_nearer_to_the_data(flow: FlowConfig) -> None:
+    consistency = ConsistencyConfig(weight=0.5, steps=4, warmup_steps=10)
+    flow = replace(flow, consistency=consistency, timesteps=TimestepConfig(distribution="uniform"))
+    recipe = make_recipe(flow)
+    prepared = recipe.prepare(make_batch(), step=0)
+    inputs, module = prepared.inputs, recipe.module
+    z, t = noisy_of(inputs, Linear())
+    earlier = (t - 0.25).clamp(min=0.0)
+    torch.testing.assert_close(inputs["earlier_timesteps"][inputs["timestep_index"]], earlier[..., 0])
+    first, second = predictions(recipe, inputs)
+    x0 = module.x0(z, t[..., 0], first)
+    nearer = torch.where(t > 0, x0 + earlier / t * (z - x0), z)
+    goal = torch.where(earlier > 0, module.x0(nearer, earlier[..., 0], second), inputs["latents"])
+    expected = ((x0 - goal).square().mean(-1) * inputs["loss_mask"]).sum()
+    output = module(**inputs)
+    torch.testing.assert_close(output.loss_sums["consistency"], expected, rtol=1e-4, atol=1e-3)
+    assert recipe.loss_weights(4)["consistency"] == pytest.approx(0.25)
+    assert recipe.loss_weights(10)["consistency"] == 0.5 and "consistency" in prepared.counts
+    # the goal has no gradient: that of the loss is that of x0 towards a constant
+    name, parameter = next(iter(module.network.named_parameters()))
+    ((found),) = torch.autograd.grad(output.loss_sums["consistency"], parameter)
+    ((by_hand),) = torch.autograd.grad(
+        (
+            (module.x0(z, t[..., 0], predictions(recipe, inputs)[0]) - goal.detach()).square().mean(-1)
+            * inputs["loss_mask"]
+        ).sum(),
+        parameter,
+    )
+    torch.testing.assert_close(found, by_hand, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_the_null_embedding_is_on_tokens_that_see_no_context() -> None:
+    flow = replace(ONE_SHOT, condition_dropout=0.4, unconditional_probability=0.3)
+    recipe = make_recipe(flow, local=False, network=TextDiTConfig(trunk=TRUNK, null_embedding=True))
+    batch = make_batch(rows=40)
+    inputs = recipe.prepare(batch, step=0).inputs
+    target, mask = inputs["loss_mask"], inputs["mask"].dense[:, 0]
+    context = (inputs["layout"].role == CONTEXT) & (batch.segment >= 0)
+    sees = (mask & context[:, None, :]).any(dim=-1)
+    assert torch.equal(inputs["alone"] & target, ~sees & target)
+    assert 0.3 < float((inputs["alone"] & target).sum() / target.sum()) < 0.8
+    before = predictions(recipe, inputs)[0]
+    with torch.no_grad():
+        assert recipe.module.network.null is not None
+        recipe.module.network.null.weight += 1.0
+    moved = (predictions(recipe, inputs)[0] != before).any(-1)
+    assert torch.equal(moved & target, inputs["alone"] & target)
+
+
+def test_blocks_that_see_nothing_clean_have_the_null_embedding() -> None:
+    recipe, batch = (
+        make_recipe(replace(BLOCKS, condition_dropout=0.5, partial_block_probability=0.0)),
+        make_batch(rows=8),
+    )
+    inputs = recipe.prepare(batch, step=0).inputs
+    history = inputs["mask"].dense[:, 0, :, : batch.tokens.shape[1]]
+    real = batch.segment >= 0
+    sees = (history & real[:, None, :]).any(dim=-1)
+    assert torch.equal(inputs["alone"][real], ~sees[real]) and inputs["alone"][real].any() and sees.any()
+
+
+def test_a_prefix_does_not_see_its_target() -> None:
+    recipe, batch = make_recipe(replace(ONE_SHOT, attention="prefix"), local=False), make_batch()
+    inputs = recipe.prepare(batch, step=0).inputs
+    role, mask = inputs["layout"].role, inputs["mask"].dense[:, 0]
+    real = batch.segment >= 0
+    same = (inputs["layout"].segment[:, :, None] == inputs["layout"].segment[:, None, :]) & real[:, :, None]
+    from_context = (role == CONTEXT)[:, :, None]
+    assert torch.equal(mask & from_context & real[:, :, None], same & from_context & (role == CONTEXT)[:, None, :])
+    assert torch.equal(mask & ~from_context & real[:, :, None], same & ~from_context)
+
+
+def test_targets_encoded_with_their_context_in_view() -> None:
+    recipe, batch = make_recipe(replace(ONE_SHOT, target_encoding="with_context"), local=False), make_batch(rows=3)
+    inputs = recipe.prepare(batch, step=0).inputs
+    target, real = inputs["layout"].role == TARGET, batch.segment >= 0
+    latents = {}
+    for name, where in (("target", target), ("context", ~target)):
+        changed = replace(batch, tokens=torch.where(where, (batch.tokens + 1) % 60, batch.tokens))
+        latents[name] = recipe.prepare(changed, step=0).inputs["latents"]
+    context, goal = ~target & real, target & real
+    assert torch.equal(latents["target"][context], inputs["latents"][context])  # nothing leaks
+    changed_segments = torch.zeros_like(real)
+    for row in range(3):
+        for segment in (0, 1):
+            own = batch.segment[row] == segment
+            changed_segments[row] |= own & bool((context[row] & own).any())
+    moved = (latents["context"] != inputs["latents"]).any(-1)
+    assert torch.equal(moved & goal, changed_segments & goal)
+
+
+def draws(rows: Tensor) -> RowDraws:
+    return RowDraws(3, "train", rows)
+
+
+@given(st.sampled_from(["uniform", "log_uniform"]), st.integers(1, 9), st.integers(0, 50))
+def test_cut_segments_are_parts_of_windows(lengths: Any, least: int, seed: int) -> None:
+    batch = make_batch(rows=5, row_tokens=40, seed=seed)
+    flow = FlowConfig(segment_lengths=lengths, min_segment_tokens=least)
+    cut = cut_segments(flow, batch, draws(batch.row_index))
+    assert torch.equal(cut.segment >= 0, batch.segment >= 0) and torch.equal(cut.tokens, batch.tokens)
+    for row in range(5):
+        numbers = [int(i) for i in cut.segment[row].unique() if i >= 0]
+        assert numbers == list(range(len(numbers)))
+        for number in numbers:
+            own = cut.segment[row] == number
+            assert len(batch.segment[row][own].unique()) == 1
+            assert cut.position[row][own].tolist() == list(range(int(own.sum())))
+
+
+def test_lengths_of_cut_segments_follow_their_distribution() -> None:
+    rows, columns = 400, 512
+    zeros, places = torch.zeros(rows, columns, dtype=torch.long), torch.arange(columns).expand(rows, -1)
+    batch = TokenBatch(zeros, zeros, places, torch.arange(rows), [["d"]] * rows)
+    found = {}
+    for kind in ("uniform", "log_uniform"):
+        cut = cut_segments(FlowConfig(segment_lengths=kind, min_segment_tokens=8), batch, draws(batch.row_index))  # type: ignore[arg-type]
+        found[kind] = (cut.segment == 0).sum(dim=1).double()  # of the first segments, which nothing else cuts
+    assert float(found["uniform"].mean()) == pytest.approx((8 + 512) / 2, rel=0.08)
+    assert float(found["log_uniform"].log().mean()) == pytest.approx(math.log(8 * 512) / 2, rel=0.03)
+    assert float((found["log_uniform"] < 32).double().mean()) == pytest.approx(math.log(4) / math.log(64), abs=0.06)
+    untouched = cut_segments(FlowConfig(), batch, draws(batch.row_index))
+    assert untouched is batch
+
+
+def test_ends_of_text_follow_a_text_in_its_row() -> None:
+    flow, columns, rows = FlowConfig(eos_padding_tokens=5), 24, 300
+    length = torch.arange(rows) % 22 + 1
+    places = torch.arange(columns).expand(rows, -1)
+    real = places < length[:, None]
+    tokens = torch.where(real, 9, 0)
+    batch = TokenBatch(
+        tokens, torch.where(real, 0, -1), torch.where(real, places, 0), torch.arange(rows), [["d"]] * rows
+    )
+    padded = pad_with_ends(flow, batch, draws(batch.row_index), eos_id=2)
+    added = (padded.segment >= 0) & ~real
+    assert (padded.tokens[added] == 2).all() and torch.equal(padded.tokens[real], tokens[real])
+    assert torch.equal(padded.position[padded.segment >= 0], places[padded.segment >= 0])
+    counts = added.sum(dim=1)
+    room = length <= 19
+    assert set(counts[room].tolist()) == set(range(6)) and (counts <= columns - length).all()
+    assert float(counts[room].double().mean()) == pytest.approx(2.5, abs=0.35)
+    assert pad_with_ends(FlowConfig(), batch, draws(batch.row_index), 2) is batch
+
+
+def test_targets_anywhere_for_infilling() -> None:
+    batch = make_batch(rows=200, row_tokens=48)
+    ends = one_shot(replace(ONE_SHOT, unconditional_probability=0.0), batch, draws(batch.row_index), 6)
+    flow = replace(ONE_SHOT, unconditional_probability=0.0, infill_probability=0.5)
+    anywhere = one_shot(flow, batch, draws(batch.row_index), 6)
+    begins, kept = [], 0
+    for row in range(200):
+        for segment in (0, 1):
+            own = batch.segment[row] == segment
+            target, at_end = anywhere.target[row][own], ends.target[row][own]
+            assert target.sum() == at_end.sum()
+            places = target.nonzero()[:, 0]
+            assert (places.diff() == 1).all()  # in one piece
+            kept += torch.equal(target, at_end)
+            begins.append(int(places[0]) / max(1, int((~target).sum())))
+    assert 0.4 < kept / 400 < 0.65  # half are ends, and a few of the others by chance
+    assert min(begins) == 0.0 and 0.2 < sum(b < 0.5 for b in begins) / 400 < 0.35
+
+
+@pytest.mark.parametrize(
+    ("flow", "message"),
+    [
+        (replace(BLOCKS, attention="prefix"), "only in one shot"),
+        (replace(BLOCKS, infill_probability=0.5), "only in one shot"),
+        (replace(BLOCKS, eos_padding_tokens=2), "only in one shot"),
+    ],
+)
+def test_axes_of_one_shot_alone(flow: FlowConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_recipe(flow)
+
+
+def test_a_flow_without_any_loss_is_refused() -> None:
+    with pytest.raises(ConfigError, match="nothing would be learnt"):
+        FlowConfig(latent_weight=0.0)
+    with pytest.raises(ConfigError, match="nothing would be learnt"):
+        FlowConfig(objective="token_cross_entropy", token_weight=0.0)
