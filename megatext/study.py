@@ -106,10 +106,14 @@ class Study:
             )
 
     def _whole(self, name: str) -> StudyRun:
-        """A run with what it has from those it is like."""
-        run = self.config.runs[name]
+        """A run with what it has from those it is like. All that it names has to stand before it."""
+        run, before = self.config.runs[name], list(self.config.runs)[: list(self.config.runs).index(name)]
+        for other in [run.like, run.states, *named_in(run.set)]:
+            if other:
+                self._known(other, f"runs.{name}")
+                if other not in before:
+                    raise ConfigError(f"{self.file}: runs.{name} names {other}, which has to stand before it")
         if run.like:
-            self._known(run.like, f"runs.{name}.like")
             base = asdict(self._whole(run.like))
             own = {key: value for key, value in asdict(run).items() if value}
             run = StudyRun(**{**base, **own, "name": run.name or name, "set": {**base["set"], **run.set}, "like": ""})
@@ -131,8 +135,7 @@ class Study:
     def _named(self, name: str) -> set[str]:
         """The runs that a run names."""
         run = self.runs[name]
-        named = {n for value in run.set.values() if isinstance(value, str) for n in re.findall(r"\{(\w+)\}", value)}
-        return named | ({run.states} if run.states else set())
+        return named_in(run.set) | ({run.states} if run.states else set())
 
     def _build(self) -> None:
         corpus, options = shlex.quote(self.config.corpus), self.config.options
@@ -144,7 +147,7 @@ class Study:
         self._add("shard", f"{shard} {options.get('shard', '')}", writes=[shards], facts=facts)
         wanted: list[str] = []
         for name in reversed(self.runs):
-            judges = name in re.findall(r"\{(\w+)\}", self.config.judge)
+            judges = name in named_in({"judge": self.config.judge})
             if judges or name in self.chosen or any(name in self._named(other) for other in wanted):
                 wanted.append(name)
         task = self.work_dir / "task.yaml"
@@ -243,3 +246,8 @@ class Study:
         self.stages.append(
             Stage(name, words, tuple(reads), facts, tuple(writes), all_needs, continues, environment, 60.0)
         )
+
+
+def named_in(settings: dict[str, Any]) -> set[str]:
+    """The runs that values name."""
+    return {name for value in settings.values() if isinstance(value, str) for name in re.findall(r"\{(\w+)\}", value)}

@@ -153,3 +153,54 @@ def test_bad_stages_are_named(tmp_path: Path, make: Make) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot write to .*file/stages"):
         run_stages([], tmp_path / "file")
+
+
+def test_several_at_a_time_and_each_after_what_it_needs(tmp_path: Path, make: Make) -> None:
+    """a and b each wait for the other to begin: one at a time they would wait for ever."""
+
+    def meets(own: str, other: str) -> str:
+        mine, theirs = (str(tmp_path / f"{name}.begun") for name in (own, other))
+        return (
+            f"import os, time; open({mine!r}, 'w').write('x'); until = time.time() + 30\n"
+            f"while not os.path.exists({theirs!r}): assert time.time() < until; time.sleep(0.05)\nprint('met')"
+        )
+
+    stages = make("a", meets("a", "b")), make("b", meets("b", "a")), make("c", needs=("a", "b"))
+    out = io.StringIO()
+    run_stages(stages, tmp_path / "run", out, jobs=2)
+    assert sorted(log(tmp_path)[:2]) == ["a", "b"] and (tmp_path / "run" / "logs" / "a.log").read_text() == "met\n"
+    assert out.getvalue().count("done in") == 3
+
+
+def test_what_does_not_need_a_failed_stage_is_still_run(tmp_path: Path, make: Make) -> None:
+    stages = make("a", "assert False"), make("b"), make("c", needs=("a",)), make("d", needs=("b",))
+    for jobs in (1, 2):
+        with pytest.raises(StageError, match=r"stage \[ 1/4\] a failed"):
+            run_stages(stages, tmp_path / "run", io.StringIO(), jobs=jobs, keep_going=True)
+        assert log(tmp_path) == (["a", "b", "d"] if jobs == 1 else ["a"])
+
+
+def test_interrupting_stops_all_that_run(tmp_path: Path) -> None:
+    """As Ctrl-C does it, with two stages at work; none of their processes is left."""
+    code = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from megatext.stages import Stage, StageError, run_stages
+folder = Path(sys.argv[1])
+def stage(name):
+    script = f"import os, time; open('{folder}/{name}.pid', 'w').write(str(os.getpid())); time.sleep(60)"
+    return Stage(name, ("python", "-c", script), writes=(folder / name,))
+def stop():
+    while not all((folder / f"{name}.pid").exists() and (folder / f"{name}.pid").read_text() for name in "ab"):
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=stop, daemon=True).start()
+try:
+    run_stages([stage("a"), stage("b")], folder, jobs=2)
+except StageError as error:
+    print(error, error.status)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert "interrupted in stage [ 1/2] a, [ 2/2] b" in done.stdout and done.stdout.strip().endswith("130")
+    pids = [int((tmp_path / f"{name}.pid").read_text()) for name in "ab"]
+    assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)

@@ -44,6 +44,10 @@ class Path(ABC):
     def sigma_derivative(self, t: Tensor) -> Tensor:
         """d sigma / dt."""
 
+    @abstractmethod
+    def time_of_snr(self, snr: Tensor) -> Tensor:
+        """The t at which (alpha / sigma)^2 is `snr`, >= 0: 1 at 0, towards 0 as it grows."""
+
     def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """z_t."""
         return match(self.alpha(t), x0) * x0 + match(self.sigma(t), x0) * noise
@@ -97,6 +101,9 @@ class Linear(Path):
     def sigma_derivative(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
 
+    def time_of_snr(self, snr: Tensor) -> Tensor:
+        return 1 / (1 + snr.sqrt())
+
 
 @dataclass(frozen=True)
 class TanD(Path):
@@ -133,6 +140,9 @@ class TanD(Path):
     def sigma_derivative(self, t: Tensor) -> Tensor:
         alpha, _, turn = self._turn(t)
         return alpha * turn
+
+    def time_of_snr(self, snr: Tensor) -> Tensor:
+        return 2 / math.pi * torch.atan2(torch.ones_like(snr), self.d * snr.sqrt())
 
 
 def path_from_name(name: str) -> Path:

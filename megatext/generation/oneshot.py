@@ -10,6 +10,7 @@ from megatext.generation.noise import Noise, Request
 from megatext.generation.sampling import SamplingConfig
 from megatext.nn.attention import KeysValues, Mask, make_mask
 from megatext.nn.layout import CONTEXT, PADDING, TARGET, Layout
+from megatext.nn.text_vae import TextVAE
 
 if TYPE_CHECKING:
     from megatext.generation.text_generator import TextGenerator
@@ -19,7 +20,7 @@ def generate(
     generator: "TextGenerator", requests: "list[Request]", sampling: SamplingConfig
 ) -> Iterator[list[list[int]]]:
     """Yields once: the whole target of every request."""
-    writer = _Writer(generator, requests, sampling)
+    writer = Writer(generator, requests, generator.grid(sampling))
     lengths = [request.target_tokens for request in requests]
 
     def cut(tokens: Tensor) -> list[list[int]]:
@@ -34,10 +35,11 @@ def generate(
     yield cut(generator.tokens_of(final, writer.logits, sampling))
 
 
-class _Writer:
-    """A call's contexts and targets: columns of context, then columns of target, each at its own position."""
+class Writer:
+    """A call's contexts and targets: columns of context, then columns of target, each at its own position. The
+    timesteps of a `grid` are embedded once."""
 
-    def __init__(self, generator: "TextGenerator", requests: "list[Request]", sampling: SamplingConfig) -> None:
+    def __init__(self, generator: "TextGenerator", requests: "list[Request]", grid: Tensor | None = None) -> None:
         self.generator, self.network, self.flow = generator, generator.module.network, generator.flow
         device, places = generator.device, [request.places() for request in requests]
         self.context = _layout([given for given, _ in places], CONTEXT, device)
@@ -45,10 +47,10 @@ class _Writer:
         tokens = torch.zeros_like(self.context.position)
         for row, request in enumerate(requests):
             tokens[row, : len(request.prompt)] = torch.tensor(request.prompt, dtype=torch.long)
-        grid = generator.grid(sampling)
-        self.modulations = self.network.modulations(torch.cat((grid.new_zeros(1), grid)))
-        self.step_of = {t: 1 + step for step, t in enumerate(grid.tolist())}
-        self.latents = generator.latents_of(tokens, self.context)
+        self.grid = torch.zeros(1, device=device) if grid is None else torch.cat((grid.new_zeros(1), grid))
+        self.modulations = self.network.modulations(self.grid)
+        self.step_of = {t: 1 + step for step, t in enumerate([] if grid is None else grid.tolist())}
+        self.tokens, self.latents = tokens, generator.latents_of(tokens, self.context)
         has_context = self.context.real.any(dim=1, keepdim=True).expand(self.target.position.shape)
         self.alone = torch.cat((~has_context, torch.ones_like(has_context)))
         self._condition()
@@ -73,7 +75,7 @@ class _Writer:
             nothing = torch.zeros_like(both.position)
             _, self.past = self.network(
                 self.contexts,
-                self.modulations,
+                self.modulations or self.grid[:1],
                 nothing,
                 both.position,
                 nothing.bool(),
@@ -96,10 +98,11 @@ class _Writer:
             is_target = torch.cat((torch.zeros_like(before).bool(), is_target), dim=1)
             alone = torch.cat((torch.zeros_like(before).bool(), alone), dim=1)
             previous = None if previous is None else torch.cat((torch.zeros_like(contexts), previous), dim=1)
+        step = self.step_of.get(float(t))
         predicted = self.network(
             z,
-            self.modulations or torch.stack((torch.zeros_like(t), t)),
-            is_target.long() * (self.step_of[float(t)] if self.modulations else 1),
+            torch.stack((torch.zeros_like(t), t)) if step is None or not self.modulations else self.modulations,
+            is_target.long() * (step or 1),
             position,
             is_target,
             Mask(dense=self.masks[: times * rows]),
@@ -108,6 +111,15 @@ class _Writer:
             past=past,
         )[0][:, -n:].float()
         return (predicted[:rows], predicted[rows:]) if guided else (predicted, None)
+
+    def target_latents(self, tokens: Tensor) -> Tensor:
+        """Standardised clean latents `[rows, columns, channels]` of the targets, were they `tokens [rows, columns]`."""
+        vae = self.generator.vae
+        if self.flow.target_encoding == "separate" and isinstance(vae, TextVAE):
+            return self.generator.latents_of(tokens, self.target)
+        both, whole = torch.cat((self.tokens, tokens), dim=1), Layout.concatenate([self.context, self.target])
+        found = vae.encode(both, whole, rule="prefix") if isinstance(vae, TextVAE) else vae.encode(both, whole)
+        return vae.standardise(found[0])[:, -tokens.shape[1] :]
 
     def logits(self, latents: Tensor) -> Tensor:
         """`[rows, columns, vocab_size]` of the targets' clean latents, decoded as they were encoded."""

@@ -1,6 +1,7 @@
 """Prompts in, text out: one door for every system."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from megatext.flow import guidance, objectives
 from megatext.flow.paths import path_from_name
 from megatext.flow.solvers import sample
 from megatext.generation.lengths import draw_target_tokens, read_lengths
+from megatext.generation.likelihood import Likelihood, LikelihoodConfig, log_likelihood
 from megatext.generation.noise import Noise, Request, draw_tokens
 from megatext.generation.sampling import SamplingConfig
 from megatext.nn.layout import Layout
@@ -135,6 +137,20 @@ class TextGenerator:
             raise ConfigError("infill: a text without a gap; a number among its pieces is one")
         return Request(prompt, place - len(prompt), seed, tuple(given_at))
 
+    def log_likelihood(
+        self, prompts: list[str], texts: list[str], config: LikelihoodConfig | None = None
+    ) -> list[Likelihood]:
+        """How likely each text is after its prompt (""), given how many tokens it has: bounds with their errors. All
+        texts are scored at once.
+
+        Raises ConfigError where a text is empty or the model has no such bound."""
+        pairs = [(self.tokenizer.encode(p), self.tokenizer.encode(t)) for p, t in zip(prompts, texts, strict=True)]
+        for number, (_, ids) in enumerate(pairs):
+            if not ids:
+                raise ConfigError(f"log_likelihood: text {number} has no tokens")
+        with torch.no_grad(), self._evaluating():
+            return log_likelihood(self, pairs, config or LikelihoodConfig())
+
     def trace(
         self, prompt: str, *, target_tokens: int = 64, seed: int = 0, sampling: SamplingConfig | None = None
     ) -> list[str]:
@@ -205,10 +221,15 @@ class TextGenerator:
         if sampling.block_tokens and (not self.flow.block_tokens or sampling.block_tokens not in sizes):
             trained = f"in blocks of {', '.join(map(str, sorted(sizes)))}" if self.flow.block_tokens else "in one shot"
             raise ConfigError(f"block_tokens {sampling.block_tokens}: the model was trained {trained}")
+        with self._evaluating():
+            yield from (blockwise if self.flow.block_tokens else oneshot).generate(self, requests, sampling)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
         training = self.module.training
         self.module.eval()
         try:
-            yield from (blockwise if self.flow.block_tokens else oneshot).generate(self, requests, sampling)
+            yield
         finally:
             self.module.train(training)
 

@@ -137,3 +137,29 @@ def test_export_round_trip(tmp_path: Path, tokenizer_directory: Path) -> None:
     )
     with pytest.raises(ConfigError, match="not a text_dit"):
         read_description(tmp_path / "vae", "text_dit")
+
+
+def test_token_and_latent_dropout_are_of_training_alone() -> None:
+    config = TextVAERecipeConfig(network=NETWORK, token_dropout=0.3, latent_dropout=0.6)
+    recipe, batch = make_recipe(config), make_batch(rows=60)
+    assert "dropped_tokens" not in recipe.prepare(batch, step=0, purpose="validation").inputs
+    inputs = recipe.prepare(batch, step=0).inputs
+    tokens, channels = inputs["dropped_tokens"], inputs["dropped_channels"]
+    assert float(tokens.float().mean()) == pytest.approx(0.3, abs=0.04)
+    assert float(channels.float().mean()) == pytest.approx(0.6, abs=0.02)
+    network, seen = recipe.module.network, {}
+    hooks = [
+        network.encoder.register_forward_pre_hook(lambda module, args: seen.update(encoder=args[0])),
+        network.latent_in.register_forward_pre_hook(lambda module, args: seen.update(decoder=args[0])),
+    ]
+    recipe.module(**inputs)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal((seen["encoder"] == 0).all(-1), tokens)
+    assert torch.equal(seen["encoder"][~tokens], network.embedding(batch.tokens)[~tokens])
+    assert torch.equal(seen["decoder"] == 0, channels)  # the others keep their scale
+    mean, log_variance, _ = network.encode(batch.tokens, inputs["layout"], hidden=tokens)
+    latents = network.sample(mean, log_variance, inputs["posterior_noise"])
+    torch.testing.assert_close(seen["decoder"][~channels], latents[~channels])
+    with pytest.raises(ConfigError, match="dropout"):
+        make_recipe(replace(config, latent_dropout=1.0))

@@ -1,0 +1,139 @@
+"""Likelihoods of text: the truth where a model is exact; functions of text and prompt alone, in blocks and one shot."""
+
+import itertools
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megatext.config import ConfigError
+from megatext.flow.paths import Linear
+from megatext.generation import LikelihoodConfig, TextGenerator
+from megatext.generation.likelihood import log_likelihood
+from megatext.recipes.denoiser import FlowConfig
+from tests.generation.test_text_generator import PROMPTS, SYSTEMS, export
+
+TOKENS = (5, 9, 17)
+"""The vocabulary of the exact model."""
+
+
+class Exact(nn.Module):
+    """A network that knows the distribution of texts of two tokens, and Bayes' rule."""
+
+    def __init__(self, network: nn.Module, table: Tensor, joint: Tensor, ends_in_tokens: bool) -> None:
+        super().__init__()
+        self.config, self.latent_in = network.config, network.latent_in
+        self.table, self.joint, self.ends_in_tokens = table, joint, ends_in_tokens
+        self.modulations = network.modulations
+
+    def forward(self, z: Tensor, times: Any, index: Tensor, *rest: Any, **more: Any) -> tuple[Tensor, list[Any]]:
+        z, t = z[:, -2:].double(), times[index[0, -1]].double()
+        texts = list(itertools.product(range(3), repeat=2))
+        clean = torch.stack([self.table[[TOKENS[i], TOKENS[j]]] for i, j in texts]).double()
+        weights = self.joint.flatten().double().log() - (z[:, None] - (1 - t) * clean).square().flatten(2).sum(-1) / (
+            2 * t * t
+        )
+        posterior = weights.softmax(-1)
+        if not self.ends_in_tokens:
+            out = torch.einsum("rk,ktc->rtc", posterior, clean)
+        else:
+            out = torch.full((len(z), 2, len(self.table)), -1e9, dtype=torch.float64)
+            for place in range(2):
+                for token in range(3):
+                    share = posterior[:, [text[place] == token for text in texts]].sum(-1)
+                    out[:, place, TOKENS[token]] = share.clamp(min=1e-300).log()
+        return out.float(), []
+
+
+@pytest.fixture
+def exact(tmp_path: Path, tokenizer_directory: Path) -> TextGenerator:
+    """One shot on token-local latents, with the exact posterior for a network and no prior likelihood of its own."""
+    SYSTEMS["tokens_one_shot"] = (FlowConfig(objective="token_cross_entropy"), 0)
+    generator = TextGenerator.from_pretrained(export(tmp_path, tokenizer_directory, "tokens_one_shot"))
+    del SYSTEMS["tokens_one_shot"]
+    return generator
+
+
+JOINT = torch.tensor([[0.30, 0.05, 0.10], [0.02, 0.25, 0.03], [0.05, 0.05, 0.15]])
+
+
+def test_an_exact_models_bound_is_the_likelihood_of_independent_tokens(exact: TextGenerator) -> None:
+    """A decoder reads its tokens one by one, so that with independent ones nothing is lost."""
+    shares = torch.tensor([0.6, 0.3, 0.1])
+    assert exact.module.table is not None
+    exact.module.network = Exact(exact.module.network, exact.module.table, torch.outer(shares, shares), True)  # type: ignore[assignment]
+    pairs = [([], [TOKENS[i], TOKENS[j]]) for i, j in ((0, 0), (0, 2), (1, 2))]
+    found = log_likelihood(exact, pairs, LikelihoodConfig(seeds=48, steps=24, smallest_timestep=0.3))
+    for likelihood, (i, j) in zip(found, ((0, 0), (0, 2), (1, 2)), strict=True):
+        truth = -math.log(shares[i] * shares[j])
+        assert likelihood.error < 0.25 and likelihood.nats == pytest.approx(truth, abs=4 * likelihood.error)
+        assert likelihood.tokens == 2 and likelihood.estimator == "variational bound"
+
+
+def test_tokens_that_hang_together_cost_a_parallel_decoder_something(exact: TextGenerator) -> None:
+    assert exact.module.table is not None
+    exact.module.network = Exact(exact.module.network, exact.module.table, JOINT, True)  # type: ignore[assignment]
+    texts = [[TOKENS[i], TOKENS[j]] for i in range(3) for j in range(3)]
+    means = []
+    for s in (0.1, 0.9):
+        config = LikelihoodConfig(seeds=48, steps=24, smallest_timestep=s)
+        found = log_likelihood(exact, [([], text) for text in texts], config)
+        means.append(sum(float(p) * each.nats for p, each in zip(JOINT.flatten(), found, strict=True)))
+        error = max(each.error for each in found)
+        entropy = -float((JOINT * JOINT.log()).sum())
+        assert means[-1] > entropy - 4 * error
+    assert means[0] == pytest.approx(entropy, abs=0.15)  # at little noise every token is known by itself
+
+
+def test_the_ode_agrees_with_the_variational_bound(exact: TextGenerator) -> None:
+    assert exact.module.table is not None
+    exact.module.network = Exact(exact.module.network, exact.module.table, JOINT, True)  # type: ignore[assignment]
+    pairs = [([], [TOKENS[0], TOKENS[0]]), ([], [TOKENS[1], TOKENS[2]])]
+    config = LikelihoodConfig(estimator="ode", seeds=24, steps=40, smallest_timestep=0.2)
+    for likelihood, truth in zip(log_likelihood(exact, pairs, config), (0.30, 0.03), strict=True):
+        assert likelihood.nats == pytest.approx(-math.log(truth), abs=4 * likelihood.error + 0.1)
+        assert likelihood.estimator == "bound by the probability-flow ODE"
+
+
+KINDS = ["blocks", "cola", "one_shot", "one_shot_zeros"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("estimator", ["variational", "ode"])
+def test_a_texts_bound_does_not_depend_on_its_neighbours(
+    name: str, estimator: str, tmp_path: Path, tokenizer_directory: Path
+) -> None:
+    generator = TextGenerator.from_pretrained(export(tmp_path, tokenizer_directory, name))
+    config = LikelihoodConfig(estimator=estimator, seeds=2, steps=3)  # type: ignore[arg-type]
+    texts = ["the cat ran", "a dog", "it was very big and red", "on"]
+    together = generator.log_likelihood(PROMPTS, texts, config)
+    for i in range(4):
+        (alone,) = generator.log_likelihood([PROMPTS[i]], [texts[i]], config)
+        assert alone.nats == pytest.approx(together[i].nats, rel=1e-3) and alone.tokens == together[i].tokens
+    assert len({round(each.nats, 3) for each in together}) == 4
+    other = generator.log_likelihood(PROMPTS, texts, replace(config, first_seed=7))
+    assert other[0].nats != together[0].nats
+
+
+@pytest.mark.parametrize("name", ["blocks", "one_shot"])
+def test_the_prompt_counts(name: str, tmp_path: Path, tokenizer_directory: Path) -> None:
+    generator = TextGenerator.from_pretrained(export(tmp_path, tokenizer_directory, name))
+    config = LikelihoodConfig(seeds=2, steps=3)
+    first, second = generator.log_likelihood([PROMPTS[0], PROMPTS[3]], ["the tree", "the tree"], config)
+    assert first.nats != pytest.approx(second.nats, rel=1e-4) and first.tokens == second.tokens
+
+
+def test_what_has_no_bound_is_refused(tmp_path: Path, tokenizer_directory: Path) -> None:
+    generator = TextGenerator.from_pretrained(export(tmp_path / "a", tokenizer_directory, "blocks_velocity"))
+    with pytest.raises(ConfigError, match="does not look ahead"):
+        generator.log_likelihood(["the"], ["cat"])
+    generator = TextGenerator.from_pretrained(export(tmp_path / "b", tokenizer_directory, "one_shot"))
+    with pytest.raises(ConfigError, match="no tokens"):
+        generator.log_likelihood(["the"], [""])
+    with pytest.raises(ConfigError, match="smallest_timestep"):
+        generator.log_likelihood(["the"], ["cat"], LikelihoodConfig(smallest_timestep=0.0))
+    assert isinstance(generator.module.path, Linear)

@@ -1,0 +1,122 @@
+"""A study's commands: what stands on what, which seeds, and that every shipped study's configurations can be read."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatext.config import ConfigError, load_config
+from megatext.recipes import config_class
+from megatext.study import Study
+
+ROOT = Path(__file__).resolve().parent.parent
+STUDY: dict[str, Any] = {
+    "work_dir": "runs/x",
+    "corpus": "pydocs:",
+    "judge": "{lm}",
+    "task": {"n": 10},
+    "set": {"max_steps": 5},
+    "runs": {
+        "lm": {"launcher": "lm", "config": "launch/configs/quickstart/lm.yaml", "seeds": [0, 1], "sampling": [{}]},
+        "vae": {"launcher": "vae", "config": "launch/configs/quickstart/vae.yaml", "seeds": [3], "states": "lm"},
+        "dit": {
+            "launcher": "dit",
+            "config": "launch/configs/quickstart/dit_textldm_paper.yaml",
+            "set": {"dit.vae": "{vae}", "dit.flow.condition_dropout": 0.2},
+            "seeds": [0, 1],
+            "name": "DiT",
+            "sampling": [{"steps": 4}, {"steps": 8}],
+            "unconditional": 7,
+        },
+        "other": {"like": "dit", "set": {"dit.flow.context_fraction": [0.2, 0.8], "max_steps": 9}, "seeds": [1]},
+    },
+}
+LAUNCHERS = {"lm": "PretrainLMConfig", "vae": "PretrainVAEConfig", "dit": "PretrainDiTConfig"}
+LAUNCHERS |= {"cola": "PretrainColaConfig", "ldlm": "PretrainLDLMConfig"}
+
+
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: dict[str, Any] = STUDY, **options: Any) -> Study:
+    monkeypatch.chdir(ROOT)
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return Study(path, **options)
+
+
+def test_a_run_stands_on_the_same_seed_of_what_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = {stage.name: stage for stage in study(tmp_path, monkeypatch).stages}
+    assert "--data.shards runs/x/shards --max_steps 5" in stages["pretrain_lm-1"].shell()
+    assert stages["pretrain_lm-0"].needs == ("shard",) and stages["export_lm-1"].needs == ("pretrain_lm-1",)
+    vae = stages["pretrain_vae-3"]  # no such seed of the language model: its first
+    assert "--data.hidden_states runs/x/states/lm-0" in vae.shell() and "states_lm-0" in vae.needs
+    assert set(stages["states_lm-0"].needs) == {"shard", "export_lm-0"}
+    for seed in (0, 1):
+        dit = stages[f"pretrain_dit-{seed}"]
+        assert f"--seed {seed}" in dit.shell() and set(dit.needs) == {"shard", "export_vae-3"}
+        assert "--dit.vae runs/x/models/vae-3 --dit.flow.condition_dropout 0.2" in dit.shell()
+    other = stages["pretrain_other-1"].shell()
+    assert "--max_steps 9" in other and "--dit.flow.condition_dropout 0.2" in other
+    assert shlex.split(other)[-1] == "[0.2, 0.8]"
+    assert stages["score"].needs == ("export_lm-0", "generate") or set(stages["score"].needs) == {
+        "generate",
+        "export_lm-0",
+    }
+
+
+def test_rows_are_seeds_of_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = study(tmp_path, monkeypatch)
+    rows = json.loads(found.files[Path("runs/x/systems.yaml")])
+    assert [row["name"] for row in rows if row.get("group") == "DiT"] == [
+        f"DiT steps={steps} seed={seed}" for seed in (0, 1) for steps in (4, 8)
+    ]
+    assert {row["group"] for row in rows if "group" in row} == {"lm", "DiT", "other"}
+    assert [row["unconditional"] for row in rows if row.get("group") == "other"] == [7, 0]
+    assert [row["system"] for row in rows if row.get("group") == "lm"] == [
+        "hf:runs/x/models/lm-0",
+        "hf:runs/x/models/lm-1",
+    ]
+    # seed by seed, so that what is there when it is cut short can be compared
+    order = [s.name for s in found.stages if s.name.startswith("pretrain_")]
+    assert order == [f"pretrain_{name}" for name in ("lm-0", "vae-3", "dit-0", "other-1", "lm-1", "dit-1")]
+
+
+def test_only_some_runs_and_what_they_stand_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = study(tmp_path, monkeypatch, only=["other"], judge="judge_dir", jobs=2)
+    names = [stage.name for stage in some.stages]
+    assert "pretrain_lm-0" in names and "pretrain_vae-3" in names and "pretrain_dit-0" not in names
+    assert [name for name in names if name.startswith("write_")] == ["write_other-1"]
+    assert "--judge judge_dir" in next(stage for stage in some.stages if stage.name == "score").shell()
+    with pytest.raises(ConfigError, match="no run is called dot; known here: lm"):
+        study(tmp_path, monkeypatch, only=["dot"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"runs": {"a": {"launcher": "lm"}}}, "runs.a: launcher, config and seeds are needed"),
+        ({"runs": {"a": {"like": "b"}}}, "no run is called b"),
+        ({"runs": {"a": {"sedes": [1]}}}, "unknown key 'runs.a.sedes'; did you mean 'runs.a.seeds'"),
+        ({"runs": {"a": {**STUDY["runs"]["dit"], "set": {"dit.vae": "{nothing}"}}}}, "no run is called nothing"),
+        ({"runs": {"a": {"like": "b"}, "b": {"like": "a"}}}, "names b, which has to stand before it"),
+        ({"runs": {"a": {**STUDY["runs"]["dit"], "set": {"dit.vae": "{b}"}}, "b": STUDY["runs"]["lm"]}}, "names b, which has to stand before it"),
+    ],
+)
+def test_what_does_not_fit_together_is_told(
+    change: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        study(tmp_path, monkeypatch, {**STUDY, "judge": "j", **change})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch/configs/studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_run_of_a_shipped_study_is_a_configuration(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the launcher reads it: every key known, every value of its type."""
+    monkeypatch.chdir(ROOT)
+    trained = [stage for stage in Study(path, corpus="pydocs:").stages if stage.name.startswith("pretrain_")]
+    assert trained
+    for stage in trained:
+        launcher = next(word for word in stage.command if word.startswith("launch/pretrain_"))
+        cls = config_class(LAUNCHERS[launcher.removeprefix("launch/pretrain_").removesuffix(".py")])
+        load_config(cls, list(stage.command[stage.command.index(launcher) + 1 :]))
