@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,11 @@ from evaluation.cache import Cache, key_of
 from evaluation.files import atomic_write
 from evaluation.manifest import Manifest
 from evaluation.systems import SystemEntry, open_system
-from evaluation.systems.base import Item, Length, System
+from evaluation.systems.base import Item, Length, Nats, System
 from megatext.data import DataError
+
+_LOT = 16
+"""Texts whose likelihood is estimated at once: logits of all their tokens are in memory."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,10 @@ class Generated:
     """Mean wall time of a text within its batch; None where it means nothing, or batches were of several sizes."""
     unconditional: list[str]
     """Passages written without a prefix."""
+    traces: list[list[str]]
+    """Of the first samples: what was to be read after every step."""
+    likelihoods: list[Nats]
+    """Of the first samples' targets."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,20 @@ def generate(manifest: Manifest, entry: SystemEntry, settings: Settings) -> Gene
     items, free = items_of(manifest, entry, settings.length)
     records = _written(system, entry, items, settings, "continuations")
     passages = _written(system, entry, free, settings, "unconditional") if free else []
+    traces = _found(
+        system,
+        items[: entry.trace],
+        settings,
+        "traces",
+        lambda some: [system.trace(item, settings.seed) for item in some],
+    )
+    likelihoods = _found(
+        system,
+        items[: entry.likelihood],
+        settings,
+        "likelihoods",
+        lambda some: [asdict(nats) for nats in system.log_likelihood(some, settings.seed)],
+    )
     seconds = [record["seconds"] for record in records]
     alike = system.timed and len({record["batch_size"] for record in records}) == 1
     return Generated(
@@ -93,6 +114,8 @@ def generate(manifest: Manifest, entry: SystemEntry, settings: Settings) -> Gene
         prefixes_cut=sum(record["prefix_cut"] > 0 for record in records),
         seconds_per_sample=sum(seconds) / len(seconds) if alike else None,
         unconditional=[record["text"] for record in passages],
+        traces=traces,
+        likelihoods=[Nats(**nats) for nats in likelihoods],
     )
 
 
@@ -114,7 +137,14 @@ def load_generations(output: Path, manifest: Manifest) -> list[Generated]:
         raise DataError(f"{path}: no such file; run `python -m evaluation generate --output {output}` first")
     try:
         found = [
-            Generated(**{**item, "entry": SystemEntry(**item["entry"]), "length": Length(**item["length"])})
+            Generated(
+                **{
+                    **item,
+                    "entry": SystemEntry(**item["entry"]),
+                    "length": Length(**item["length"]),
+                    "likelihoods": [Nats(**nats) for nats in item["likelihoods"]],
+                }
+            )
             for item in json.loads(path.read_text())
         ]
     except (TypeError, KeyError, ValueError) as error:
@@ -141,6 +171,16 @@ def cache_of(system: System, settings: Settings, kind: str) -> Cache:
 
 def item_key(item: Item) -> str:
     return key_of(item.id, item.prefix, item.target, item.length.policy, str(item.length.tokens))
+
+
+def _found(
+    system: System, items: Sequence[Item], settings: Settings, kind: str, find: Callable[[list[Item]], list[Any]]
+) -> list[Any]:
+    """What `find` tells of each item, from the cache where it is there."""
+    if not items:
+        return []
+    cache = cache_of(system, settings, kind)
+    return cache.complete([item_key(item) for item in items], lambda at: find([items[i] for i in at]), lot=_LOT)
 
 
 def _written(

@@ -102,6 +102,7 @@ def write_report(output: Path, directories: Sequence[Path], runs: Sequence[Path]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATE.parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
+    environment.filters["pick_steps"] = _pick_steps
     html = environment.get_template(_TEMPLATE.name).render(
         tasks=tasks,
         tables=tables,
@@ -304,6 +305,12 @@ def _draw(tasks: Sequence[TaskResults], runs: Sequence[Path]) -> dict[str, bytes
     drawn |= {f"loss_{run.name}": plots.loss_plot(run) for run in runs}
     drawn |= {f"timesteps_{run.name}": plots.timesteps_plot(run) for run in runs}
     return {name: png for name, png in drawn.items() if png is not None}
+
+
+def _pick_steps(steps: Sequence[str], most: int = 8) -> list[tuple[int, str]]:
+    """(number from 1, text) of some steps, evenly spaced, the last among them."""
+    count = min(most, len(steps))
+    return [(number, steps[number - 1]) for number in (round((i + 1) * len(steps) / count) for i in range(count))]
 
 
 def _first(task: TaskResults, count: int) -> list[dict[str, Any]]:

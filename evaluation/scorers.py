@@ -400,6 +400,27 @@ def _passages(scoring: Scoring, tokenizer: Any) -> None:
         })  # fmt: skip
 
 
+def likelihood(scoring: Scoring) -> None:
+    """Bits a character of the targets, of the rows that were asked for it: pooled, with the jackknife's error over
+    texts and that of the estimates."""
+    for i, item in enumerate(scoring.generations):
+        if not item.likelihoods:
+            continue
+        lengths = [len(target) for target in scoring.targets[: len(item.likelihoods)]]
+        texts = [(nats.nats / math.log(2), length) for nats, length in zip(item.likelihoods, lengths, strict=True)]
+
+        def pooled(some: Any) -> float:
+            return sum(bits for bits, _ in some) / max(1, sum(length for _, length in some))
+
+        error = statistics.jackknife_error(texts, pooled)
+        estimate = math.sqrt(sum(nats.error**2 for nats in item.likelihoods)) / math.log(2) / max(1, sum(lengths))
+        name = item.likelihoods[0].estimator
+        scoring.rows[i]["bits_per_character"] = metric(
+            pooled(texts), "bits a character", len(texts), "lower", error, "jackknife standard error",
+            estimator=name, estimator_error=estimate if math.isfinite(estimate) else None, bound=name != "exact",
+        )  # fmt: skip
+
+
 def diversity(scoring: Scoring) -> None:
     """distinct-n, self-BLEU, length ratio, empty and copied texts, over words between white space: no model needed."""
     from evaluation.metrics import diversity as measures

@@ -143,7 +143,7 @@ def score(
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Score and write `results.json` and `samples.jsonl`; returns the results. Equal inputs are not scored again."""
-    from evaluation.scorers import FAMILIES, Scoring
+    from evaluation.scorers import FAMILIES, Scoring, likelihood
 
     refuse_other_manifests(generations, manifest, output)
     for what in ("seed", "length"):
@@ -167,6 +167,7 @@ def score(
             began = time.perf_counter()
             family(scoring)
             timings[name] = round(time.perf_counter() - began, 2)
+    likelihood(scoring)
     samples = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in _samples(scoring))
     results = {
         "schema_version": SCHEMA,
@@ -191,6 +192,7 @@ def score(
         "versions": _versions(),
         "systems": [_row(scoring, i, weights.get("judge")) for i in range(len(generations))],
         "unconditional": scoring.unconditional,
+        "traces": _traces(manifest, generations),
     }
     atomic_write(output / "samples.jsonl", samples)
     atomic_write(path, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -244,6 +246,16 @@ def _row(scoring: Any, i: int, judge: str | None) -> dict[str, Any]:
         "seconds_per_sample": item.seconds_per_sample,
         "metrics": scoring.rows[i],
     }
+
+
+def _traces(manifest: Manifest, generations: Sequence[Generated]) -> list[dict[str, Any]]:
+    """What systems had to read after every step, of the samples that were traced."""
+    return [
+        {"name": item.entry.name, "prefix": sample.prefix, "steps": steps}
+        for item in generations
+        for sample, steps in zip(manifest.samples, item.traces, strict=False)
+        if steps
+    ]
 
 
 def _samples(scoring: Any) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-MARKS = "†‡*"
+MARKS = "†‡*§"
 """Marks that hang behind a cell and point to a footnote."""
 
 
@@ -49,6 +49,10 @@ COLUMNS = (
         "entropy", "entropy", 2, "fluency",
         "Entropy in nats of the judge's tokens used, at one token budget for all rows. Far below human: few words.",
     ),
+    Column(
+        "bits_per_character", "bits/char", 3, "fluency",
+        "Bits a character of the human continuation costs under the system; § marks an upper bound.",
+    ),
     Column("repetition4", "rep-4", 3, "fluency", "Share of a text's 4-grams of judge tokens that it had before."),
     *(
         Column(
@@ -70,7 +74,7 @@ COLUMNS = (
 BY_KEY = {column.key: column for column in COLUMNS}
 
 CONSOLE = (
-    "gap", "generative_perplexity", "entropy", "repetition4", "distinct2",
+    "gap", "generative_perplexity", "entropy", "repetition4", "distinct2", "bits_per_character",
     "rouge1", "rouge2", "rougeL", "bertscore", "mauve", "seconds",
 )  # fmt: skip
 """What a terminal has room for."""
@@ -94,6 +98,8 @@ def cell(system: dict[str, Any], key: str) -> str:
         mark = "†" if system["is_judge"] else "*" if system["started_from_judge"] else ""
     if system["metrics"].get(key, {}).get("below_budget"):
         mark = "‡"
+    if system["metrics"].get(key, {}).get("bound"):
+        mark = "§"
     text = f"{found:.{BY_KEY[key].digits}f}"
     return (text.removeprefix("-") if float(text) == 0 else text) + mark
 
@@ -116,6 +122,9 @@ def footnotes(results: dict[str, Any], marks: set[str]) -> list[str]:
         )
     if "‡" in marks:
         notes.append("‡ wrote fewer tokens than the other rows are measured on.")
+    if "§" in marks:
+        found = {s["metrics"]["bits_per_character"]["estimator"] for s in results["systems"] if _is_bound(s)}
+        notes.append(f"§ an upper bound: {', '.join(sorted(found))}.")
     cut = [f"{s['name']} {s['prefixes_cut']}" for s in results["systems"] if s["prefixes_cut"]]
     if cut:
         notes.append(f"Prefixes cut at their start because the model does not read more: {', '.join(cut)}.")
@@ -142,3 +151,7 @@ def console_table(results: dict[str, Any]) -> str:
     head = f"{task['name']}: {task['n']} continuations, manifest {task['hash'][:12]}, seed {results['seed']}"
     rule = "-" * len(line(headings))
     return "\n".join([head, line(headings), rule, *map(line, rows), rule, *notes])
+
+
+def _is_bound(system: dict[str, Any]) -> bool:
+    return bool(system["metrics"].get("bits_per_character", {}).get("bound"))

@@ -100,7 +100,10 @@ def test_only_some_runs_and_what_they_stand_on(tmp_path: Path, monkeypatch: pyte
         ({"runs": {"a": {"sedes": [1]}}}, "unknown key 'runs.a.sedes'; did you mean 'runs.a.seeds'"),
         ({"runs": {"a": {**STUDY["runs"]["dit"], "set": {"dit.vae": "{nothing}"}}}}, "no run is called nothing"),
         ({"runs": {"a": {"like": "b"}, "b": {"like": "a"}}}, "names b, which has to stand before it"),
-        ({"runs": {"a": {**STUDY["runs"]["dit"], "set": {"dit.vae": "{b}"}}, "b": STUDY["runs"]["lm"]}}, "names b, which has to stand before it"),
+        (
+            {"runs": {"a": {**STUDY["runs"]["dit"], "set": {"dit.vae": "{b}"}}, "b": STUDY["runs"]["lm"]}},
+            "names b, which has to stand before it",
+        ),
     ],
 )
 def test_what_does_not_fit_together_is_told(

@@ -32,14 +32,19 @@ class SystemEntry:
     joins a group's ways of sampling in its plot of quality against variety."""
     batch_size: int = 100
     """Texts written at once; a text does not depend on its neighbours but for rounding."""
+    trace: int = 0
+    """Of how many of the first samples the report shows what was to be read after every step (diffusion models)."""
+    likelihood: int = 0
+    """Of how many of the first samples the target's likelihood is told: exact for a causal LM, a bound for a diffusion
+    model."""
     unconditional: int = 0
     """Passages to write without a prefix; scored by nll, entropy and distinct-2 only."""
     unconditional_tokens: int | None = None
     """Their length in the system's tokens; None: as long as the task's documents may be."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.unconditional < 0:
-            raise ConfigError(f"system {self.name}: needs batch_size >= 1 and unconditional >= 0")
+        if self.batch_size < 1 or min(self.unconditional, self.trace, self.likelihood) < 0:
+            raise ConfigError(f"system {self.name}: needs batch_size >= 1, no other number of texts below 0")
         if self.unconditional and self.system.partition(":")[0] not in ("hf", "model", "python"):
             raise ConfigError(f"system {self.name}: {self.system} writes no passages without a prefix")
 

@@ -65,6 +65,18 @@ class Written:
     """Tokens that were left out at the start of the prefix because the system does not read more."""
 
 
+@dataclass(frozen=True)
+class Nats:
+    """What a target costs after its prefix."""
+
+    nats: float
+    """-log p(target | prefix), or an upper bound on it."""
+    error: float
+    """Standard error of the estimate; 0 where it is exact."""
+    estimator: str
+    """`exact`, or the name of the bound."""
+
+
 class System(ABC):
     """Something ready to write. A text is a function of (fingerprint, item, seed) but for rounding: it does not depend
     on what is written beside it."""
@@ -85,6 +97,14 @@ class System(ABC):
     @abstractmethod
     def generate(self, items: Sequence[Item], seed: int) -> list[Written]:
         """One text for each item. Equal seeds give equal texts."""
+
+    def trace(self, item: Item, seed: int) -> list[str]:
+        """What an item's text reads like after every step; [] where there are no steps."""
+        return []
+
+    def log_likelihood(self, items: Sequence[Item], seed: int) -> list[Nats]:
+        """Of each item's target. Raises ConfigError where the system has no likelihood."""
+        raise ConfigError(f"{type(self).__name__} has no likelihood; leave `likelihood` out of its row")
 
 
 def writing_code(*paths: Path) -> str:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from evaluation.files import hash_of, hash_of_model
 from evaluation.hub import text_start
-from evaluation.systems.base import Item, System, Written, item_seed, own_tokens, writing_code
+from evaluation.metrics.perplexity import Judge
+from evaluation.systems.base import Item, Nats, System, Written, item_seed, own_tokens, writing_code
 from megatext.config import ConfigError
 from megatext.tokenizer import Tokenizer, load_tokenizer
 
@@ -82,6 +83,12 @@ class CausalLM(System):
                 left[i] = left[i] - count if len(kept) == count else 0
             lap += 1
         return [Written(self._decode(p, w), prefix_cut=c) for p, w, c in zip(prefixes, written, cuts, strict=True)]
+
+    def log_likelihood(self, items: Sequence[Item], seed: int) -> list[Nats]:
+        """At temperature 1, of tokens of its own; the end of text is not among them."""
+        judge = Judge(self._directory, device=self._device, dtype=self.model.dtype)
+        pairs = [(self.tokenizer.encode(item.prefix), self.tokenizer.encode(item.target)) for item in items]
+        return [Nats(found.nats, 0.0, "exact") for found in judge.score(pairs)]
 
     @cached_property
     def start(self) -> list[int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evaluation.files import hash_of, hash_of_model
-from evaluation.systems.base import Item, System, Written, item_seed, own_tokens, writing_code
+from evaluation.systems.base import Item, Nats, System, Written, item_seed, own_tokens, writing_code
 from megatext.config import ConfigError, from_dict
 
 
@@ -63,14 +63,29 @@ class TextDiffusion(System):
         return TextGenerator.from_pretrained(self._directory, device=self._device, dtype=dtype)
 
     def generate(self, items: Sequence[Item], seed: int) -> list[Written]:
-        length: Literal["oracle", "eos"] = "eos" if items[0].length.policy == "free" else "oracle"
         texts = self.generator.generate(
             [item.prefix for item in items],
             target_tokens=[own_tokens(item, self.generator.tokenizer) for item in items],
             seeds=[item_seed(seed, item) for item in items],
-            sampling=replace(self._sampling, length=length),
+            sampling=self._sampling_of(items[0]),
         )
         return [Written(text) for text in texts]
+
+    def trace(self, item: Item, seed: int) -> list[str]:
+        tokens = own_tokens(item, self.generator.tokenizer)
+        seed, sampling = item_seed(seed, item), self._sampling_of(item)
+        return self.generator.trace(item.prefix, target_tokens=tokens, seed=seed, sampling=sampling)
+
+    def log_likelihood(self, items: Sequence[Item], seed: int) -> list[Nats]:
+        from megatext.generation import LikelihoodConfig
+
+        prefixes, targets = [item.prefix for item in items], [item.target for item in items]
+        found = self.generator.log_likelihood(prefixes, targets, LikelihoodConfig(first_seed=seed))
+        return [Nats(each.nats, each.error, each.estimator) for each in found]
+
+    def _sampling_of(self, item: Item) -> Any:
+        length: Literal["oracle", "eos"] = "eos" if item.length.policy == "free" else "oracle"
+        return replace(self._sampling, length=length)
 
 
 class Reconstruction(System):
