@@ -1,6 +1,7 @@
 """Write with an exported model: python launch/generate.py --model DIR --prompt TEXT (without --prompt it asks)"""
 
 import argparse
+import re
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -20,10 +21,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
         description="Continue a prompt with an exported model, block by block as it is written.",
     )
-    parser.add_argument(
-        "--model", type=Path, required=True, help="directory written by launch/export.py, or of Cola DLM's release"
-    )
+    model = "directory written by launch/export.py, or of Cola DLM's release"
+    parser.add_argument("--model", type=Path, required=True, help=model)
     parser.add_argument("--prompt", help='text to continue, "" for a passage from nothing; not given: asks for prompts')
+    parser.add_argument("--infill", metavar="TEXT", help="a text with gaps, {N} for N tokens: fill them")
+    parser.add_argument("--trace", action="store_true", help="show what is to be read after every step")
     parser.add_argument("--max_tokens", type=int, default=64, help="tokens to write (default 64)")
     parser.add_argument("--samples", type=int, default=1, help="texts for each prompt")
     parser.add_argument("--seed", type=int, default=0, help="of the first sample; the next ones follow")
@@ -52,7 +54,12 @@ def main(argv: list[str]) -> None:
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if options.max_tokens < 1 or options.samples < 1:
             raise ConfigError("--max_tokens and --samples must be at least 1")
+        if options.infill is not None and (options.prompt is not None or options.trace):
+            raise ConfigError("--infill goes with neither --prompt nor --trace")
         generator = TextGenerator.from_pretrained(options.model, device=device)
+        if options.infill is not None:
+            infill(generator, options, sampling)
+            return
         if options.prompt is not None:
             write(generator, options.prompt, options, sampling)
         while options.prompt is None:
@@ -64,9 +71,23 @@ def main(argv: list[str]) -> None:
             write(generator, prompt, options, sampling)
 
 
+def infill(generator: Any, options: argparse.Namespace, sampling: Any) -> None:
+    """Print the text with its gaps filled."""
+    parts = re.split(r"\{(\d+)\}", options.infill)
+    pieces = [int(part) if i % 2 else part for i, part in enumerate(parts) if part]
+    seeds = [options.seed + sample for sample in range(options.samples)]
+    for text in generator.infill([pieces] * options.samples, seeds=seeds, sampling=sampling):
+        print(text)
+
+
 def write(generator: Any, prompt: str, options: argparse.Namespace, sampling: Any) -> None:
-    """Print the continuations of one prompt as they are written."""
+    """Print the continuations of one prompt as they are written, or with --trace step by step."""
     for sample in range(options.samples):
+        if options.trace:
+            more = {"target_tokens": options.max_tokens, "seed": options.seed + sample, "sampling": sampling}
+            for step, text in enumerate(generator.trace(prompt, **more), 1):
+                print(f"step {step:3d} | {text!r}")
+            continue
         print(prompt, end="", flush=True)
         for piece in generator.stream(
             prompt, target_tokens=options.max_tokens, seed=options.seed + sample, sampling=sampling

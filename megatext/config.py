@@ -72,7 +72,7 @@ def load_config(cls: type[T], argv: list[str]) -> tuple[T, Flags]:
     if "config" not in own:
         raise ConfigError("--config FILE is required (presets are in launch/configs/)")
     path = Path(own["config"])
-    data = _read_yaml(path)
+    data = read_yaml(path)
     for name, value in overrides.items():
         _check_known(cls, _nest(name, None), f"--{name}", extra=("config", "deepspeed_config", "dry_run"))
         section = data
@@ -144,7 +144,8 @@ def cli_errors() -> Iterator[None]:
         sys.exit(1)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A file's keys and values; what is to be interpolated in it is as it was written. Raises ConfigError."""
     if not path.is_file():
         raise ConfigError(f"--config {path}: no such file")
     try:

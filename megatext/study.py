@@ -13,10 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
-
 from data_tools.sources import describe
-from megatext.config import ConfigError, from_dict
+from megatext.config import ConfigError, from_dict, read_yaml
 from megatext.stages import Stage, share_of_threads
 
 
@@ -78,9 +76,7 @@ class Study:
     ) -> None:
         """`corpus` and `judge` replace the file's; `only` these runs, and those that they stand on; `jobs` run at a
         time, and share the machine's cores."""
-        if not file.is_file():
-            raise ConfigError(f"{file}: no such file; studies are in launch/configs/studies")
-        config = from_dict(StudyConfig, OmegaConf.to_container(OmegaConf.load(file)), where=str(file))  # type: ignore[arg-type]
+        config = from_dict(StudyConfig, read_yaml(file), where=str(file))
         self.config = replace(config, corpus=corpus or config.corpus, judge=judge or config.judge)
         self.work_dir, self.file, self.jobs = Path(config.work_dir), file, jobs
         self.table = self.work_dir / "table"
