@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from megatext.config import ConfigError, load_config
-from megatext.recipes import config_class
+from megatext.recipes import config_class, meta_module, passes_of
 from megatext.study import Study
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,11 +116,15 @@ def test_what_does_not_fit_together_is_told(
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launch/configs/studies").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_run_of_a_shipped_study_is_a_configuration(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the launcher reads it: every key known, every value of its type."""
+    """As the launcher reads it: every key known, every value of its type, and a step of it on the meta device."""
     monkeypatch.chdir(ROOT)
     trained = [stage for stage in Study(path, corpus="pydocs:").stages if stage.name.startswith("pretrain_")]
     assert trained
     for stage in trained:
         launcher = next(word for word in stage.command if word.startswith("launch/pretrain_"))
         cls = config_class(LAUNCHERS[launcher.removeprefix("launch/pretrain_").removesuffix(".py")])
-        load_config(cls, list(stage.command[stage.command.index(launcher) + 1 :]))
+        config, _ = load_config(cls, list(stage.command[stage.command.index(launcher) + 1 :]))
+        if config.seed == 0:
+            for each in passes_of(config, meta_module(config, 256), 256):
+                with torch.device("meta"):
+                    each.run()

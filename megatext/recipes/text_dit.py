@@ -164,14 +164,14 @@ def make(config: PretrainDiTConfig, vocab_size: int) -> TextDiTTraining:
 
 
 def _untrained_vae(config: PretrainDiTConfig, vocab_size: int) -> TextVAE:
-    """Of the exported VAE's sizes, or, where it is not there yet, of those that the options ask for."""
+    """Frozen, of the exported VAE's sizes, or, where it is not there yet, of those that the options ask for."""
     if is_text_vae(config.dit.vae):
         network = text_vae_config(config.dit.vae)
     else:
         layers = 0 if config.dit.network.output == "tokens" else 1
         attention: Literal["causal", "full"] = "causal" if config.dit.flow.block_tokens else "full"
         network = TextVAEConfig(encoder=TrunkConfig(layers=layers), attention=attention)
-    return TextVAE(network, vocab_size)
+    return TextVAE(network, vocab_size).eval().requires_grad_(False)
 
 
 def passes(config: PretrainDiTConfig, module: TextDiTTraining, vocab_size: int) -> list[Pass]:

@@ -45,7 +45,19 @@ BLOCKS = {
         "self_conditioning_probability": 0.5,
     },
 }
-ONE_SHOT = {"network": {"trunk": TRUNK, "time_conditioning": "none"}, "flow": {"null_condition": "zeros"}}
+ONE_SHOT = {
+    "network": {"trunk": TRUNK, "null_embedding": True},
+    "flow": {
+        "objective": "x0",
+        "latent_loss": "velocity",
+        "token_weight": 0.5,
+        "consistency": {"weight": 0.5, "steps": 4, "warmup_steps": 2},
+        "attention": "prefix",
+        "segment_lengths": "log_uniform",
+        "min_segment_tokens": 2,
+        "infill_probability": 0.3,
+    },
+}
 COLA = {
     "network": {"trunk": {**TRUNK, "qk_norm_kind": "layer"}, "timestep_layers": 3, "final_modulation": True},
     "flow": {"block_tokens": 4, "training_block_tokens": [1, 2, 4], "posterior": "sample"},
