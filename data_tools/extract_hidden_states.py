@@ -34,6 +34,7 @@ from megatext.data.remote import local_folder
 from megatext.data.shards import read_manifest, split_fingerprint
 from megatext.data.teacher import Teacher, fingerprint, forward_flops, load_teacher
 from megatext.data.windows import cut
+from megatext.training.cost import read_cost
 from megatext.training.metrics import PEAK_BF16_TFLOPS
 
 UTILISATION = 0.4
@@ -94,7 +95,8 @@ def extract(options: Extraction, splits: list[str], verify: int = 0) -> None:
         max_tokens=options.max_tokens,
     )
     causal = teacher.is_causal(max(islice(some.windows(options.max_tokens), 64), key=len))
-    begin(options, {**description, "width": teacher.width, "causal": causal})
+    more = {"width": teacher.width, "causal": causal, "teacher_training": read_cost(options.model)}
+    begin(options, {**description, **more})
     for split in left:
         pieces = plans[split]
         mine = [p for p in pieces[rank::world] if record_of(Path(options.output), p, of[split]) is None]

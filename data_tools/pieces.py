@@ -202,7 +202,7 @@ def check_same(options: Extraction, description: dict[str, Any]) -> None:
     present = read_states_manifest(options.output)
     for name, value in description.items():
         # a model may have moved; whether it is causal is the first rank's finding, which rounding might make another's
-        if name not in ("teacher", "causal") and present.get(name) != value:
+        if name not in ("teacher", "causal", "teacher_training") and present.get(name) != value:
             raise DataError(
                 f"{options.output}: holds states with {name} = {present.get(name)!r}, not {value!r}; choose another "
                 "--output"

@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     stage("generate", _generate, "write every system's continuations", _output, *generating, *models)
     stage("score", _score, "measure what was written", _output, *scoring, *models)
     stage("compare", _compare, "paired differences from one system", _compare_options, _cache_option)
+    stage("multiplier", _multiplier, "FLOPs over those of a baseline that writes as well", _output, _multiplier_options)
     stage("report", _report, "HTML, plots, Markdown and CSV", _output, _results_option, _report_options)
     stage(
         "run", _run, "all stages, for one task or several", _tasks, _task_options, _output, _system_options,
@@ -156,6 +157,13 @@ def _compare_options(sub: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     sub.add_argument("--seed", type=int, default=0, help="seed of the resampling")
     sub.add_argument("--output", type=Path, metavar="FILE", help="write the differences as JSON, too")
+
+
+def _multiplier_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--baseline", nargs="+", required=True, metavar="GROUP", help="groups of the baseline, one for each budget"
+    )
+    sub.add_argument("--tolerance", type=float, default=0.1, metavar="NATS", help="entropies as far apart are the same")
 
 
 def _device(arguments: argparse.Namespace) -> str:
@@ -294,6 +302,13 @@ def _compare(arguments: argparse.Namespace) -> None:
     if arguments.output:
         atomic_write(arguments.output, json.dumps(comparison, indent=1) + "\n")
     print(comparison_table(comparison))
+
+
+def _multiplier(arguments: argparse.Namespace) -> None:
+    from evaluation.multiplier import multiplier_table, multipliers
+    from evaluation.scoring import load_results
+
+    print(multiplier_table(multipliers(load_results(arguments.output), arguments.baseline, arguments.tolerance)))
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -30,6 +30,8 @@ class Generated:
     """Hash of the model directory; None for rows without one."""
     started_from: str | None
     """Hash of the model its training started from; None where it started from random weights."""
+    training_flops: float | None
+    """Of its training and of all that it stands on."""
     manifest: str
     """Hash of the manifest the texts belong to."""
     seed: int
@@ -105,6 +107,7 @@ def generate(manifest: Manifest, entry: SystemEntry, settings: Settings) -> Gene
         fingerprint=system.fingerprint(),
         weights=system.weights,
         started_from=system.started_from,
+        training_flops=system.training_flops,
         manifest=manifest.hash,
         seed=settings.seed,
         length=settings.length,

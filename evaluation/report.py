@@ -31,6 +31,7 @@ _SEEDS = (
     "repetition4",
     "rougeL",
     "mauve",
+    "training_pflops",
     "seconds",
 )
 _NO_TEXT = "(nothing)"

@@ -241,6 +241,7 @@ def _row(scoring: Any, i: int, judge: str | None) -> dict[str, Any]:
         "weights": item.weights,
         "is_judge": item.weights is not None and item.weights == judge,
         "started_from_judge": started,
+        "training_flops": item.training_flops,
         "prefixes_cut": item.prefixes_cut,
         "n": scoring.n,
         "seconds_per_sample": item.seconds_per_sample,

@@ -69,6 +69,10 @@ COLUMNS = (
         "bertscore_rescaled", "BERTScore, rescaled", 1, "paper",
         "BERTScore spread between unrelated sentences (0) and equality (100).",
     ),
+    Column(
+        "training_pflops", "PFLOPs", 3, "cost",
+        "10^15 floating-point operations of the training, and of that of every model it stands on.",
+    ),
     Column("seconds", "s/sample", 3, "cost", "Seconds of wall time a continuation, within its batch."),
 )  # fmt: skip
 BY_KEY = {column.key: column for column in COLUMNS}
@@ -106,6 +110,8 @@ def cell(system: dict[str, Any], key: str) -> str:
 
 def number(system: dict[str, Any], key: str) -> float | None:
     """A metric's value, None where there is none."""
+    if key == "training_pflops":
+        return system["training_flops"] / 1e15 if system.get("training_flops") else None
     return system["seconds_per_sample"] if key == "seconds" else system["metrics"].get(key, {}).get("value")
 
 

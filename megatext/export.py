@@ -9,6 +9,7 @@ from megatext.config import ConfigError, from_dict
 from megatext.generation.lengths import write_lengths
 from megatext.recipes import build_recipe, config_class
 from megatext.training import checkpoint
+from megatext.training.cost import write_cost
 from megatext.training.ema import ema_key
 from megatext.training.run_state import check_built_on
 
@@ -34,6 +35,7 @@ def export(
     output.mkdir(parents=True, exist_ok=True)
     recipe.export(reader.state_dict(key), output)
     write_lengths(config.data, output)
+    write_cost(config, recipe, reader.meta["step"], output)
     return path, "raw weights" if key == "master" else f"averaged weights (decay {key.removeprefix('ema_')})"
 
 

@@ -6,12 +6,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from megatext.generation import SamplingConfig, TextGenerator
 from megatext.generation.noise import Request
+from megatext.recipes.pretrained import weights_hash
+from megatext.training.cost import read_cost, total_flops
 from tests.command_lines import ROOT
 
 WORDS = ["the", "every", "small", "old", "model", "token", "noise", "step", "reads", "keeps", "learns", "and", "then"]
@@ -74,12 +77,31 @@ def test_from_text_to_report(tmp_path: Path, recipe: str, processes: int) -> Non
     assert "AR T=1" in first.stdout
     assert ("* started from the judge's weights" in first.stdout) == (recipe == "default")
     assert str(results / "report.html") in first.stdout
+    tells_what_it_took(tmp_path / "work" / "models", recipe, json.loads((results / "results.json").read_text()))
     if recipe == "cola":
         writes_the_same_in_the_released_format(tmp_path / "work")
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert "$ " not in again.stdout, "a stage was run twice"
     assert again.stdout.count("done before") == first.stdout.count("        $ ")
+
+
+def tells_what_it_took(models: Path, recipe: str, results: dict[str, Any]) -> None:
+    """An export knows its own FLOPs and those of all models it stands on, each once; the table has their sum."""
+    stands_on = {
+        "default": {"lm": [], "vae": ["lm"], "token_vae": [], "dit": ["token_vae", "lm"]},
+        "cola": {"vae_cola": [], "dit_cola": ["vae_cola"]},
+        "ldlm": {"dit_ldlm": ["lm"]},
+    }[recipe]
+    own = {name: weights_hash(models / name) for name in [*stands_on, "lm"]}
+    for name, others in stands_on.items():
+        cost = read_cost(models / name)
+        assert cost is not None and not cost["unknown"] and cost["steps"] == 4
+        assert cost["flops"].keys() == {own[name], *(own[other] for other in others)}
+        assert all(flops > 1e6 for flops in cost["flops"].values())
+    last = list(stands_on)[-1]
+    row = next(row for row in results["systems"] if row["system"] == f"model:{models / last}")
+    assert row["training_flops"] == total_flops(models / last)
 
 
 def writes_the_same_in_the_released_format(work: Path) -> None:

@@ -85,6 +85,8 @@ class System(ABC):
     """hash_of_model of the directory; None without one."""
     started_from: str | None = None
     """weights_hash of the model that this one's training started from; None where it started from random weights."""
+    training_flops: float | None = None
+    """Of its training and of all that it stands on, where an export tells them."""
     timed: bool = True
     """Whether seconds per text mean anything."""
     ids_tokenizer: str | None = None

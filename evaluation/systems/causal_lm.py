@@ -15,6 +15,7 @@ from evaluation.metrics.perplexity import Judge
 from evaluation.systems.base import Item, Nats, System, Written, item_seed, own_tokens, writing_code
 from megatext.config import ConfigError
 from megatext.tokenizer import Tokenizer, load_tokenizer
+from megatext.training.cost import total_flops
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class CausalLM(System):
 
     def __init__(self, directory: Path, sampling: CausalSampling, *, dtype: str = "fp32", device: str = "cpu") -> None:
         self.weights = hash_of_model(directory)
+        self.training_flops = total_flops(directory)
         self._directory, self._sampling, self._dtype, self._device = directory, sampling, dtype, device
 
     def fingerprint(self) -> str:

@@ -39,11 +39,13 @@ class TextDiffusion(System):
         from megatext.generation.sampling import SamplingConfig
         from megatext.recipes.cola_format import is_cola_directory
         from megatext.recipes.pretrained import read_description
+        from megatext.training.cost import total_flops
 
         if "length" in sampling:
             raise ConfigError(f"{where}: length: how long texts are is one rule for all systems (--length)")
         self.weights = hash_of_model(directory)
         described = {} if is_cola_directory(directory) else read_description(directory, "text_dit")
+        self.training_flops = total_flops(directory)
         self.started_from = described.get("warm_start_hash")
         self._directory, self._device, self._dtype = directory, device, dtype
         self._sampling = from_dict(SamplingConfig, sampling, where=where)
