@@ -1,0 +1,117 @@
+"""How long a text takes in latent diffusion and by an AR model with its KV cache: `python benchmarks/sampling.py`.
+
+One prompt, one text, random weights of the same trunk (speed does not depend on what they say): Hugging Face's
+`generate` with its cache; TextDiT in one shot at several numbers of steps, with its context seen by all or cached
+(prefix attention), with guidance; in blocks with caches. Seconds are the best of several alternating rounds.
+"""
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from common import best_of, report
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from megatext.generation import SamplingConfig, TextGenerator
+from megatext.generation.noise import Request
+from megatext.nn.blocks import TrunkConfig
+from megatext.nn.dit import TextDiTConfig
+from megatext.nn.text_vae import TextVAE, TextVAEConfig
+from megatext.recipes.denoiser import FlowConfig, make_denoiser
+
+TOKENIZER: Any = SimpleNamespace(end_ids=(0,), eos_id=0, pad_id=1)
+"""All that sampling asks of one when it is given ids."""
+
+
+def autoregressive(options: argparse.Namespace, device: str) -> Callable[[], float]:
+    config = Qwen3Config(
+        vocab_size=options.vocabulary,
+        hidden_size=options.width,
+        intermediate_size=int(2.75 * options.width),
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.width // 64,
+        num_key_value_heads=options.width // 64,
+        head_dim=64,
+        max_position_embeddings=options.prompt + options.tokens,
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=1,
+    )
+    model = Qwen3ForCausalLM(config).to(device, options.dtype).eval()
+    ids = torch.randint(2, options.vocabulary, (1, options.prompt), device=device)
+    length = {"min_new_tokens": options.tokens, "max_new_tokens": options.tokens}
+
+    def run() -> float:
+        began = time.perf_counter()
+        with torch.inference_mode():
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, **length)
+        return 1 / (time.perf_counter() - began)
+
+    return run
+
+
+def diffusion(
+    options: argparse.Namespace, device: str, flow: FlowConfig, sampling: SamplingConfig
+) -> Callable[[], float]:
+    trunk = TrunkConfig(
+        layers=options.layers, width=options.width, heads=options.width // 64, mlp="swiglu", mlp_ratio=2.75
+    )
+    small = dataclasses.replace(trunk, layers=2)
+    tokens_out = flow.objective == "token_cross_entropy"
+    encoder = dataclasses.replace(small, layers=0 if flow.block_tokens else 2)
+    vae = TextVAE(TextVAEConfig(latent_channels=64, encoder=encoder, decoder=small), options.vocabulary)
+    network = TextDiTConfig(trunk=trunk, output="tokens" if tokens_out else "latent", token_embedding=tokens_out)
+    vae = vae.eval().requires_grad_(False)
+    module = make_denoiser(network, flow, vae, frozen=True)
+    generator = TextGenerator._on(module, vae, TOKENIZER, device, options.dtype)
+    request = Request(torch.randint(2, options.vocabulary, (options.prompt,)).tolist(), options.tokens, 0)
+
+    def run() -> float:
+        began = time.perf_counter()
+        for _ in generator._pieces([request], sampling):
+            pass
+        return 1 / (time.perf_counter() - began)
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens given")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens to write")
+    parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 16, 32])
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    options.dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
+    torch.manual_seed(0)
+    full, prefix = FlowConfig(objective="x0"), FlowConfig(objective="x0", attention="prefix")
+    blocks = FlowConfig(objective="token_cross_entropy", block_tokens=16)
+    runs = {"AR, KV cache": autoregressive(options, options.device)}
+    for steps in options.steps:
+        runs[f"one shot, {steps} steps"] = diffusion(options, options.device, full, SamplingConfig(steps=steps))
+        runs[f"one shot, {steps} steps, cached context"] = diffusion(
+            options, options.device, prefix, SamplingConfig(steps=steps)
+        )
+    guided = SamplingConfig(steps=options.steps[1], guidance_scale=2.0)
+    runs[f"one shot, {options.steps[1]} steps, cached context, guidance"] = diffusion(
+        options, options.device, prefix, guided
+    )
+    runs["blocks of 16, 8 steps"] = diffusion(options, options.device, blocks, SamplingConfig(steps=8))
+    seconds = {name: 1 / rate for name, rate in best_of(runs, options.repeats).items()}
+    ar = seconds["AR, KV cache"]
+    rows = [[name, f"{s:.2f}", f"{ar / s:.2f} x"] for name, s in seconds.items()]
+    figures = {"seconds": seconds, "width": options.width, "layers": options.layers, "tokens": options.tokens}
+    title = f"{options.tokens} tokens after {options.prompt}, batch 1, {options.layers} layers of {options.width}"
+    report(title, ["", "seconds", "AR takes"], rows, figures)
+
+
+if __name__ == "__main__":
+    main()
