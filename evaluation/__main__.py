@@ -1,4 +1,4 @@
-"""`python -m evaluation manifest|generate|score|compare|report|run`: from a task to a report.
+"""`python -m evaluation manifest|generate|score|compare|compute|report|run`: from a task to a report.
 
 Every stage reads and writes one --output directory and can be run alone; `run` chains them for one task or several.
 What is already there and made from the same inputs is not made again.
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     stage("generate", _generate, "write every system's continuations", _output, *generating, *models)
     stage("score", _score, "measure what was written", _output, *scoring, *models)
     stage("compare", _compare, "paired differences from one system", _compare_options, _cache_option)
-    stage("multiplier", _multiplier, "FLOPs over those of a baseline that writes as well", _output, _multiplier_options)
+    stage("compute", _compute, "FLOPs over those of a baseline that writes as well", _output, _compute_options)
     stage("report", _report, "HTML, plots, Markdown and CSV", _output, _results_option, _report_options)
     stage(
         "run", _run, "all stages, for one task or several", _tasks, _task_options, _output, _system_options,
@@ -159,7 +159,7 @@ def _compare_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--output", type=Path, metavar="FILE", help="write the differences as JSON, too")
 
 
-def _multiplier_options(sub: argparse.ArgumentParser) -> None:
+def _compute_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--baseline", nargs="+", required=True, metavar="GROUP", help="groups of the baseline, one for each budget"
     )
@@ -304,7 +304,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     print(comparison_table(comparison))
 
 
-def _multiplier(arguments: argparse.Namespace) -> None:
+def _compute(arguments: argparse.Namespace) -> None:
     from evaluation.multiplier import multiplier_table, multipliers
     from evaluation.scoring import load_results
 
