@@ -50,14 +50,15 @@ class _Budget:
 
 def multipliers(results: dict[str, Any], baseline: Sequence[str], tolerance: float = 0.1) -> list[Multiplier]:
     """Of every group and sampling in a results.json but the `baseline`'s groups, of one budget each; means over seeds.
+    Rows that do not tell their FLOPs are left out.
 
-    Raises DataError where a baseline is missing, or FLOPs or gaps are."""
+    Raises DataError where a baseline, its FLOPs or gaps are missing."""
     every = points(results["systems"])
     budgets = [_budget(name, [point for point in every if point.group == name]) for name in baseline]
     budgets.sort(key=lambda budget: budget.flops)
     found = []
     for point in every:
-        if point.group in baseline:
+        if point.group in baseline or any(point.value(key) is None for key in ("training_pflops", "gap", "entropy")):
             continue
         flops, gap, entropy = (_mean(point, key) for key in ("training_pflops", "gap", "entropy"))
         reference = [(b.flops, g) for b in budgets if (g := b.gap_at(entropy, tolerance)) is not None]

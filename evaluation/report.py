@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,6 +96,7 @@ def write_report(output: Path, directories: Sequence[Path], runs: Sequence[Path]
         if sum(other.name == task.name for other in tasks) > 1:
             raise DataError(f"two results of the task {task.name}: a report shows one manifest of a task")
     tables = [_paper_table(tasks), *(_more_table(task) for task in tasks), *filter(None, map(_seeds_table, tasks))]
+    tables += filter(None, map(_passages_table, tasks))
     drawn = _draw(tasks, runs)
     for name, png in drawn.items():
         atomic_write(output / "plots" / f"{name}.png", png)
@@ -183,6 +185,32 @@ def _seeds_table(task: TaskResults) -> Table | None:
     headings = [("seeds", "Rows of this group and sampling."), *((BY_KEY[k].heading, BY_KEY[k].help) for k in keys)]
     notes = ["Mean over the seeds ± their standard deviation."]
     return Table(f"Over seeds: {task.name}", [(task.name, len(headings))], headings, rows, notes)
+
+
+def _passages_table(task: TaskResults) -> Table | None:
+    """Passages without a prefix, a group a row, where a systems file names groups."""
+    groups = {system["name"]: system.get("group") for system in task.results["systems"]}
+    by_group: dict[str, list[dict[str, Any]]] = {}
+    for found in task.results["unconditional"]:
+        by_group.setdefault(groups.get(found["name"]) or found["name"], []).append(found["metrics"])
+    if not any(groups.values()) or not by_group:
+        return None
+    keys = ("nll", "entropy", "distinct2")
+    rows = [
+        Row(name, "model", [Cell(str(len(seeds)), sort=str(len(seeds))), *(_over(seeds, key) for key in keys)])
+        for name, seeds in by_group.items()
+    ]
+    headings = [("seeds", "Rows of this group."), *((BY_KEY[k].heading, BY_KEY[k].help) for k in keys)]
+    notes = ["Mean over the seeds ± their standard deviation; human: whole documents."]
+    return Table(f"Passages without a prefix: {task.name}", [(task.name, len(headings))], headings, rows, notes)
+
+
+def _over(seeds: Sequence[dict[str, Any]], key: str) -> Cell:
+    values, digits = [seed[key]["value"] for seed in seeds], BY_KEY[key].digits
+    if None in values:
+        return Cell("-")
+    spread = f"±{statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return Cell(f"{statistics.fmean(values):.{digits}f}", sort=repr(statistics.fmean(values)), spread=spread)
 
 
 def _mean(point: Point, key: str) -> Cell:

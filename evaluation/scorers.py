@@ -413,11 +413,13 @@ def likelihood(scoring: Scoring) -> None:
             return sum(bits for bits, _ in some) / max(1, sum(length for _, length in some))
 
         error = statistics.jackknife_error(texts, pooled)
-        estimate = math.sqrt(sum(nats.error**2 for nats in item.likelihoods)) / math.log(2) / max(1, sum(lengths))
+        # texts share an estimate's noise: its spread is that of the pooled sums
+        sums = np.array([nats.estimates for nats in item.likelihoods]).sum(axis=0) / math.log(2) / max(1, sum(lengths))
+        estimate = float(np.std(sums, ddof=1) / math.sqrt(len(sums))) if len(sums) > 1 else 0.0
         name = item.likelihoods[0].estimator
         scoring.rows[i]["bits_per_character"] = metric(
             pooled(texts), "bits a character", len(texts), "lower", error, "jackknife standard error",
-            estimator=name, estimator_error=estimate if math.isfinite(estimate) else None, bound=name != "exact",
+            estimator=name, estimator_error=estimate, bound=name != "exact",
         )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from evaluation.manifest import Manifest, load_manifest
 from megatext.config import ConfigError
 from megatext.data import DataError
 
-SCHEMA = 3
+SCHEMA = 4
 METRICS = ("rouge", "bertscore", "mauve", "perplexity", "diversity")
 
 

@@ -132,12 +132,14 @@ def run_stages(
                     break
                 ended = _first_to_end(running)
                 finish(ended, _failure(ended, labels[ended.stage.name]))
-        except KeyboardInterrupt:
+        except BaseException as error:  # none may go on alone: the lock is released
             names = ", ".join(labels[each.stage.name] for each in running)
             for each in list(running):
                 _stop_group(each.process)
                 finish(each, "interrupted")
-            raise StageError(f"interrupted in stage {names}; {AGAIN}", 130) from None
+            if isinstance(error, KeyboardInterrupt):
+                raise StageError(f"interrupted in stage {names}; {AGAIN}", 130) from None
+            raise
         if failures:
             raise StageError("\nerror: ".join(failures), 1)
 

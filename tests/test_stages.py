@@ -204,3 +204,14 @@ except StageError as error:
     assert "interrupted in stage [ 1/2] a, [ 2/2] b" in done.stdout and done.stdout.strip().endswith("130")
     pids = [int((tmp_path / f"{name}.pid").read_text()) for name in "ab"]
     assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)
+
+
+def test_a_stage_that_cannot_begin_leaves_none_behind(tmp_path: Path) -> None:
+    code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    slow = Stage("slow", ("python", "-c", code))
+    until = f"import os, time\nwhile not os.path.exists({str(tmp_path / 'pid')!r}): time.sleep(0.05)"
+    stages = slow, Stage("first", ("python", "-c", until)), Stage("absent", ("no-such-program",), needs=("first",))
+    with pytest.raises(StageError, match="cannot start no-such-program"):
+        run_stages(stages, tmp_path / "run", io.StringIO(), jobs=2)
+    pid = int((tmp_path / "pid").read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE

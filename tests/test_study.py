@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from megatext.config import ConfigError, load_config
+from megatext.config import ConfigError, load_config, to_dict
 from megatext.recipes import config_class, meta_module, passes_of
 from megatext.study import Study
 
@@ -128,3 +128,34 @@ def test_every_run_of_a_shipped_study_is_a_configuration(path: Path, monkeypatch
             for each in passes_of(config, meta_module(config, 256), 256):
                 with torch.device("meta"):
                     each.run()
+
+
+def test_rows_of_the_ablation_differ_in_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LDLM with one ingredient off, and with all: these fields and no others."""
+    monkeypatch.chdir(ROOT)
+    found = {}
+    for stage in Study(ROOT / "launch/configs/studies/ldlm.yaml", corpus="pydocs:").stages:
+        if stage.name.startswith("pretrain_ldlm") and stage.name.endswith("-0"):
+            cls = config_class("PretrainLDLMConfig")
+            config, _ = load_config(cls, list(stage.command[stage.command.index("launch/pretrain_ldlm.py") + 1 :]))
+            found[stage.name.removeprefix("pretrain_").removesuffix("-0")] = flat(to_dict(config))
+    off = {
+        "ldlm_cross_entropy": {"ldlm.decoder_loss"},
+        "ldlm_no_warmup": {"ldlm.encoder_warmup_steps"},
+        "ldlm_uniform": {"ldlm.flow.adaptive_timesteps.bins"},
+        "ldlm_no_noise": {"ldlm.decoder_noise"},
+    }
+    off["ldlm_naive"] = set.union(*off.values())
+    unused = {f"ldlm.flow.adaptive_timesteps.{name}" for name in ("decay", "refresh_steps", "floor")}
+    assert found.keys() == {"ldlm", *off}
+    for name, keys in off.items():
+        apart = {key for key, value in found[name].items() if value != found["ldlm"][key]}
+        assert apart - {"run_dir"} - (unused if name == "ldlm_naive" else set()) == keys
+
+
+def flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys to values."""
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found

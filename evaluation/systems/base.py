@@ -71,8 +71,8 @@ class Nats:
 
     nats: float
     """-log p(target | prefix), or an upper bound on it."""
-    error: float
-    """Standard error of the estimate; 0 where it is exact."""
+    estimates: list[float]
+    """Those that it is the mean of, one a seed of the estimator; [] where it is exact."""
     estimator: str
     """`exact`, or the name of the bound."""
 

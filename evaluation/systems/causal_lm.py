@@ -88,9 +88,18 @@ class CausalLM(System):
 
     def log_likelihood(self, items: Sequence[Item], seed: int) -> list[Nats]:
         """At temperature 1, of tokens of its own; the end of text is not among them."""
-        judge = Judge(self._directory, device=self._device, dtype=self.model.dtype)
         pairs = [(self.tokenizer.encode(item.prefix), self.tokenizer.encode(item.target)) for item in items]
-        return [Nats(found.nats, 0.0, "exact") for found in judge.score(pairs)]
+        found = self._judge.score(pairs)
+        for item, (_, ids), nll in zip(items, pairs, found, strict=True):
+            if nll.cut or nll.tokens < len(ids):
+                raise ConfigError(
+                    f"likelihood: {self._directory} does not read all of {item.id}; leave it out of the row"
+                )
+        return [Nats(nll.nats, [], "exact") for nll in found]
+
+    @cached_property
+    def _judge(self) -> Judge:
+        return Judge(self._directory, device=self._device, dtype=self.model.dtype)
 
     @cached_property
     def start(self) -> list[int]:

@@ -83,7 +83,7 @@ class TextDiffusion(System):
 
         prefixes, targets = [item.prefix for item in items], [item.target for item in items]
         found = self.generator.log_likelihood(prefixes, targets, LikelihoodConfig(first_seed=seed))
-        return [Nats(each.nats, each.error, each.estimator) for each in found]
+        return [Nats(each.nats, list(each.estimates), each.estimator) for each in found]
 
     def _sampling_of(self, item: Item) -> Any:
         length: Literal["oracle", "eos"] = "eos" if item.length.policy == "free" else "oracle"

@@ -39,8 +39,8 @@ def diffusion_nats(
     over channels. That all of the signal is gone at t = 1, as on every path here, leaves no other term."""
     total = torch.zeros(x0.shape[:-1], dtype=torch.float64, device=x0.device)
     for t, weight in zip(times, weights, strict=True):
-        z = path.interpolate(x0, noise(), t.to(x0.dtype))
-        total += float(weight) * (x0 - denoise(z, t.to(x0.dtype))).double().square().sum(dim=-1)
+        z = path.interpolate(x0, noise(), t.to(x0))
+        total += float(weight) * (x0 - denoise(z, t.to(x0))).double().square().sum(dim=-1)
     return total
 
 

@@ -19,15 +19,17 @@ def squared_error(predicted: Tensor, target: Tensor) -> Tensor:
     return (predicted.float() - target.float()).square().mean(-1)
 
 
-def converted_error(
-    path: Path, x0: Tensor, latents: Tensor, t: Tensor, space: Literal["velocity", "x0"], min_sigma: float = 0.05
-) -> Tensor:
+def converted_error(path: Path, x0: Tensor, latents: Tensor, t: Tensor, space: Literal["velocity", "x0"]) -> Tensor:
     """Squared error, as `squared_error`, of an estimated x0 in x0 or as the velocity that goes with it at the same z.
+    t: [rows, tokens] or a scalar."""
+    return in_space(path, squared_error(x0, latents), t, space)
 
-    t: [rows, tokens] or a scalar. At a given z velocities differ by (w / sigma)^2 as much as clean latents do, w the
-    Wronskian; sigma is taken for no smaller than `min_sigma`, or clean data would count without bounds (as in ELF,
-    arXiv 2605.10938)."""
-    error = squared_error(x0, latents)
+
+def in_space(path: Path, error: Tensor, t: Tensor, space: Literal["velocity", "x0"], min_sigma: float = 0.05) -> Tensor:
+    """A squared error of x0 `[rows, tokens]` as one in x0 or of the velocity.
+
+    At a given z velocities differ by (w / sigma)^2 as much as clean latents do, w the Wronskian; sigma is taken for no
+    smaller than `min_sigma`, or clean data would count without bounds (as in ELF, arXiv 2605.10938)."""
     if space == "x0":
         return error
     return error * (path.wronskian(t) / path.sigma(t).clamp(min=min_sigma)).square()

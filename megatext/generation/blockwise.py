@@ -148,10 +148,12 @@ class _Writer:
         def observe(tokens: Tensor) -> None:
             """Of every text its part of this block, the end of it, which the prompt does not give."""
             if self.generator.observer is not None:
-                written = zip(tokens.tolist(), given.sum(dim=1).tolist(), strict=True)
-                self.generator.observer([row[known:] for row, known in written])
+                known, ends = given.sum(dim=1).tolist(), (self.length[rows] - position[:, 0]).tolist()
+                rows_of = zip(tokens.tolist(), known, ends, strict=True)
+                self.generator.observer([row[first:end] for row, first, end in rows_of])
 
-        final = self.generator.denoise(noise, self.sampling, predict, decode, observe)
+        counted = ~given & (position < self.length[rows, None])
+        final = self.generator.denoise(noise, self.sampling, predict, decode, counted, observe)
         return final if final.ndim < 3 else torch.where(given[..., None], clean, final)
 
     def _predict(self, view: _View, z: Tensor, t: Tensor, previous: Tensor | None) -> Tensor:

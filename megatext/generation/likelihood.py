@@ -47,6 +47,8 @@ class Likelihood:
     """An upper bound on -log p(text | prompt): mean of the estimates."""
     error: float
     """Standard error of that mean; nan of a single estimate."""
+    estimates: tuple[float, ...]
+    """One a seed. Texts share its noise, so that the errors of several texts do not average out."""
     decoder_nats: float
     """The decoder's part of it."""
     tokens: int
@@ -113,7 +115,14 @@ def log_likelihood(
     name = {"variational": "variational bound", "ode": "bound by the probability-flow ODE"}[config.estimator]
     means, by_decoder, tokens = estimates.mean(dim=0), decoded.mean(dim=0), rows.scored.sum(dim=1)
     return [
-        Likelihood(float(means[i]), float(error[i]), float(by_decoder[i]), int(tokens[i]), name)
+        Likelihood(
+            float(means[i]),
+            float(error[i]),
+            tuple(estimates[:, i].tolist()),
+            float(by_decoder[i]),
+            int(tokens[i]),
+            name,
+        )
         for i in range(len(pairs))
     ]
 
@@ -157,6 +166,9 @@ def _blocks(generator: "TextGenerator", pairs: list[tuple[list[int], list[int]]]
     assert isinstance(vae, TextVAE)
     if generator.module.table is None and vae.config.attention == "full" and vae.config.decoder.layers:
         raise ConfigError("likelihood: in blocks it needs a decoder that does not look ahead, or a model of tokens")
+    unit = vae.config.block_tokens if vae.config.attention == "block_causal" else 1
+    if any(len(prompt) % unit for prompt, _ in pairs):
+        raise ConfigError(f"likelihood: a prompt has to end where a block of the VAE does, of {unit} tokens")
     device, columns = generator.device, max(len(prompt) + len(text) for prompt, text in pairs)
     tokens = torch.zeros(len(pairs), columns, dtype=torch.long)
     for row, (prompt, text) in enumerate(pairs):

@@ -38,13 +38,6 @@ class Noise:
         self._spans, self._device = spans, device
         self._columns = max(last for _, last in spans)
 
-    @property
-    def generated(self) -> Tensor:
-        """bool `[rows, columns]`: the columns that are."""
-        first, last = torch.tensor(self._spans, device=self._device).T[:, :, None]
-        columns = torch.arange(self._columns, device=self._device)
-        return (columns >= first) & (columns < last)
-
     def normal(self, channels: int) -> Tensor:
         """Standard normal float32 `[rows, columns, channels]`, drawn on the CPU: the same on every device."""
         return self._draw((channels,), torch.randn)

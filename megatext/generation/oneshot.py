@@ -31,7 +31,7 @@ def generate(
             generator.observer(cut(tokens))
 
     noise = Noise(requests, [0] * len(requests), [(0, length) for length in lengths], generator.device)
-    final = generator.denoise(noise, sampling, writer.predict, writer.logits, observe)
+    final = generator.denoise(noise, sampling, writer.predict, writer.logits, writer.target.real, observe)
     yield cut(generator.tokens_of(final, writer.logits, sampling))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -105,19 +106,20 @@ class TextGenerator:
         self, texts: list[list[str | int]], *, seeds: list[int], sampling: SamplingConfig | None = None
     ) -> list[str]:
         """Texts with gaps, whole: of each its pieces, a string given and a number of tokens to write, in any order
-        (`["Once upon a time", 12, " and that was the end."]`). A piece is tokenised by itself and may not be empty.
+        (`["Once upon a time", 12, " and that was the end."]`). A piece is tokenised by itself and may not be empty; no
+        gap holds an end of text. For models that were trained with `flow.infill_probability`.
 
         Raises ConfigError where the model writes in blocks, which see only what stands before them."""
         if self.flow.block_tokens:
             raise ConfigError("infill is for one-shot models: a block sees only what stands before it")
-        sampling = sampling or SamplingConfig()
+        sampling = replace(sampling or SamplingConfig(), length="oracle")
         requests = [self._with_gaps(pieces, seed) for pieces, seed in zip(texts, seeds, strict=True)]
         (written,) = self._pieces(requests, sampling)
         whole = []
         for request, tokens in zip(requests, written, strict=True):
             given, free = request.places()
             placed = sorted([*zip(given, request.prompt, strict=True), *zip(free, tokens, strict=True)])
-            whole.append(self.tokenizer.decode(self._cut([token for _, token in placed], sampling)))
+            whole.append(self.tokenizer.decode([token for _, token in placed]))
         return whole
 
     def _with_gaps(self, pieces: list[str | int], seed: int) -> Request:
@@ -148,6 +150,7 @@ class TextGenerator:
         for number, (_, ids) in enumerate(pairs):
             if not ids:
                 raise ConfigError(f"log_likelihood: text {number} has no tokens")
+        self._check_prompts([prompt for prompt, _ in pairs])
         with torch.no_grad(), self._evaluating():
             return log_likelihood(self, pairs, config or LikelihoodConfig())
 
@@ -213,8 +216,7 @@ class TextGenerator:
             raise ConfigError("the ancestral solver needs a model that ends in token logits (token_cross_entropy)")
         if sampling.history == "latents" and self.module.table is not None:
             raise ConfigError("history: latents is for models that end in latents; this one ends in tokens")
-        if self.flow.unconditional_probability == 1 and not self.flow.block_tokens and any(r.prompt for r in requests):
-            raise ConfigError('the model was trained to write from nothing only: its prompt is ""')
+        self._check_prompts([request.prompt for request in requests])
         if not 0 <= sampling.exit_margin <= 1:
             raise ConfigError(f"exit_margin {sampling.exit_margin}: a difference of two probabilities, from 0 to 1")
         sizes = {self.flow.block_tokens, *self.flow.training_block_tokens}
@@ -223,6 +225,10 @@ class TextGenerator:
             raise ConfigError(f"block_tokens {sampling.block_tokens}: the model was trained {trained}")
         with self._evaluating():
             yield from (blockwise if self.flow.block_tokens else oneshot).generate(self, requests, sampling)
+
+    def _check_prompts(self, prompts: list[list[int]]) -> None:
+        if self.flow.unconditional_probability == 1 and not self.flow.block_tokens and any(prompts):
+            raise ConfigError('the model was trained to write from nothing only: its prompt is ""')
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -243,31 +249,37 @@ class TextGenerator:
         sampling: SamplingConfig,
         predict: Predictor,
         decode: Callable[[Tensor], Tensor],
+        counted: Tensor,
         observe: Callable[[Tensor], None],
     ) -> Tensor:
         """From pure noise to what the model last saw at the clean end: token ids `[rows, columns]` where the model
-        ends in logits, latents `[rows, columns, channels]` where it does not; `decode` makes logits of these, and
-        `observe` is told the tokens after every step."""
+        ends in logits, latents `[rows, columns, channels]` where it does not; `decode` makes logits of these.
+        `counted` bool `[rows, columns]`: what is to be written; `observe` is told the tokens after every step."""
         channels = self.vae.config.latent_channels
         table, feeds_back = self.module.table, self.module.network.config.self_conditioning
         barred = self.barred(sampling)
-        watched = sampling.exit_margin > 0 or self.observer is not None
-        last: dict[str, Tensor] = {"left": noise.generated.any(dim=1)}
+        last: dict[str, Tensor] = {"left": counted.any(dim=1)}
 
-        def keep(final: Tensor, logits: Tensor | None) -> None:
+        def keep(final: Tensor, logits: Tensor | None = None) -> None:
             """Note what would be written now, but of texts that are already left as they are."""
-            left = last["left"]
-            last["final"] = torch.where(left.view(-1, *[1] * (final.ndim - 1)), final, last.get("final", final))
-            if not watched:
-                return
-            if logits is None:
-                logits = decode(last["final"]).masked_fill(barred, -torch.inf)
-            if sampling.exit_margin > 0:
-                first, second = logits.float().softmax(dim=-1).topk(2, dim=-1).values.unbind(-1)
-                sure = (first - second >= sampling.exit_margin) | ~noise.generated
-                last["left"] = left & ~sure.all(dim=1)
+            left = last["left"].view(-1, *[1] * (final.ndim - 1))
+            last["final"] = torch.where(left, final, last.get("final", final))
+            if logits is not None:
+                last["logits"] = logits
+
+        def finished() -> bool:
+            """Look at a step: tell the observer, and leave texts as they are whose every token is sure."""
+            if sampling.exit_margin == 0 and self.observer is None:
+                return False
+            logits = last["logits"] if table is not None else decode(last["final"]).masked_fill(barred, -torch.inf)
             if self.observer is not None:
                 observe(last["final"] if table is not None else logits.argmax(dim=-1))
+            if sampling.exit_margin == 0:
+                return False
+            first, second = logits.float().softmax(dim=-1).topk(2, dim=-1).values.unbind(-1)
+            sure = (first - second >= sampling.exit_margin) | ~counted
+            last["left"] = last["left"] & ~sure.all(dim=1)
+            return not bool(last["left"].any())
 
         def x0(z: Tensor, t: Tensor) -> Tensor:
             previous = last.get("x0") if feeds_back else None
@@ -278,7 +290,7 @@ class TextGenerator:
             every = t.expand(z.shape[:2])
             if table is None:
                 last["x0"] = self.module.x0(z, every, predicted)
-                keep(last["x0"], None)
+                keep(last["x0"])
                 return last["x0"]
             logits = self.module.logits(predicted, z, every).masked_fill(barred, -torch.inf)
             last["x0"] = objectives.expected_latent(logits, table, sampling.temperature)
@@ -290,7 +302,6 @@ class TextGenerator:
             return table[drawn]
 
         first, grid = noise.normal(channels), self.grid(sampling)
-        finished = (lambda: not bool(last["left"].any())) if sampling.exit_margin > 0 else (lambda: False)
         sample(x0, self.module.path, first, grid, sampling.solver, lambda: noise.normal(channels), finished)
         return last["final"]
 

@@ -35,7 +35,7 @@ from megatext.recipes.denoiser import (
     stored_weights,
 )
 from megatext.recipes.draws import RowDraws
-from megatext.recipes.noisy_rows import TwoStreams, two_streams
+from megatext.recipes.noisy_rows import TwoStreams, cut_segments, two_streams
 from megatext.recipes.pretrained import (
     is_text_vae,
     load_text_vae,
@@ -171,6 +171,8 @@ class ColaDLMRecipe(Recipe):
     def prepare(self, batch: TokenBatch, *, step: int, purpose: str = "train") -> Prepared:
         draw, c = RowDraws(self.seed, purpose, batch.row_index), self.config
         channels = self.reference.config.latent_channels
+        if purpose == "train":
+            batch = cut_segments(c.flow, batch, draw)
         streams = two_streams(c.flow, batch, draw, self.reference.config)
         inputs: dict[str, Any] = {
             "tokens": batch.tokens,

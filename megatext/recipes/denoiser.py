@@ -113,6 +113,8 @@ class FlowConfig:
             raise ConfigError("flow.consistency.steps must be at least 2, flow.min_segment_tokens at least 1")
         if self.own_weight + self.other_weight <= 0:
             raise ConfigError("flow.latent_weight and flow.token_weight are both 0: nothing would be learnt")
+        if self.latent_loss != "own" and self._weights[0] == 0:
+            raise ConfigError("flow.latent_loss: there is no error of latents; set flow.latent_weight, or leave it out")
 
     @property
     def _weights(self) -> tuple[float, float]:
@@ -294,6 +296,16 @@ class TextDiTTraining(nn.Module):
         goal = self.path.velocity(latents, noise, t) if self.flow.objective == "velocity" else latents
         return objectives.squared_error(predicted, goal)
 
+    def constant_error(self, t: Tensor, latent_variance: float) -> Tensor:
+        """Shape of t: the expected own loss of the best constant prediction of latents (not of tokens)."""
+        predicted, space = self.flow.objective, self.flow.latent_space
+        assert predicted != "token_cross_entropy"
+        error = objectives.constant_predictor_error(self.path, t, predicted, latent_variance)
+        if predicted == space:
+            return error
+        as_x0 = error if predicted == "x0" else error * (self.path.sigma(t) / self.path.wronskian(t)).square()
+        return objectives.in_space(self.path, as_x0, t, space)
+
     def _other_loss(
         self, x0: Tensor, noisy: Tensor, latents: Tensor, tokens: Tensor, layout: Layout, t: Tensor
     ) -> Tensor:
@@ -360,6 +372,7 @@ def check_one_shot(flow: FlowConfig, vae: TextVAE | LatentAutoencoder) -> None:
         "attention prefix": flow.attention == "prefix",
         "target_encoding with_context": flow.target_encoding == "with_context",
         "eos_padding_tokens": flow.eos_padding_tokens > 0,
+        "token_weight through the decoder": flow.objective != "token_cross_entropy" and flow.other_weight > 0,
     }
     if flow.block_tokens and any(asked.values()):
         names = ", ".join(name for name, there in asked.items() if there)
@@ -427,7 +440,7 @@ def best_without_input(
         if module.flow.objective == "token_cross_entropy":
             errors = [-unigrams[ids]]
         else:
-            errors = [objectives.constant_predictor_error(module.path, t, module.flow.latent_space, latent_variance)]
+            errors = [module.constant_error(t, latent_variance)]
         if module.flow.token_likelihood:
             errors.append(module.no_context_loss(unigrams, inputs["latents"], inputs["noise"], ids, t))
         for name, error in zip(names, errors, strict=True):

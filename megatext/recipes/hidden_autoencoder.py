@@ -42,7 +42,10 @@ def states_of_rows(teacher: Teacher, tokens: Tensor, layout: Layout, causal: boo
     if "position_ids" not in signature(teacher.model.forward).parameters:
         raise ConfigError(f"{type(teacher.model).__name__} takes no positions, so it cannot read packed rows")
     position = layout.position.masked_fill(~layout.real, 0)  # beyond the end of a row there may be no position
-    seen = allowed("causal", layout, layout) if causal else allowed("full", layout.separated(), layout.separated())
+    if causal:  # a context may also stand behind its target
+        seen = allowed("causal", layout, layout) & allowed("prefix", layout, layout)
+    else:
+        seen = allowed("full", layout.separated(), layout.separated())
     dtype = teacher.model.dtype
     mask = torch.zeros(seen.shape, dtype=dtype, device=tokens.device).masked_fill(~seen, torch.finfo(dtype).min)
     found = teacher.model(

@@ -47,7 +47,7 @@ from megatext.recipes.hidden_autoencoder import (
     states_of_rows,
     write_hidden_autoencoder,
 )
-from megatext.recipes.noisy_rows import OneShot, one_shot
+from megatext.recipes.noisy_rows import OneShot, check_rows, cut_segments, one_shot, pad_with_ends
 from megatext.recipes.pretrained import weights_hash, write_model
 from megatext.recipes.text_dit import TextDiTRecipeConfig
 from megatext.recipes.text_vae import TeacherStatistics, latent_health
@@ -59,6 +59,9 @@ NOISE_LEVELS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)
 STATISTICS_TOKENS = 4096
 """Tokens of the first step's rows, about, on which means and deviations are measured before training: of the untrained
 latents, and of the language model's states where no extracted ones tell them."""
+LEAST_VARIANCE = 0.2
+"""A lower mean variance of a channel is told as a collapse: the rest of the latents' mean square, which is 1, is what
+all tokens share."""
 MIN_TOKENS = 4
 """A shorter text does not tell whether a language model is causal."""
 GATE_STEEPNESS, GATE_CENTRE = 10.0, 0.8
@@ -113,7 +116,7 @@ def encoder_gate(step: int, warmup_steps: int) -> float:
     return 1.0 / (1.0 + math.exp(-GATE_STEEPNESS * (step / warmup_steps - GATE_CENTRE)))
 
 
-def scale_gradient(x: Tensor, factor: float) -> Tensor:
+def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
     """x itself, whose gradient is multiplied by `factor`."""
     return x.detach() + factor * (x - x.detach())  # in this form x keeps its bits
 
@@ -140,11 +143,11 @@ class LDLMTraining(nn.Module):
         states: Tensor,
         shot: OneShot,
         decoder_noise: Tensor,
-        gate: float,
+        gate: Tensor,
         self_condition: bool,
     ) -> Output:
         """`tokens` int64 and standardised `states` `[rows, columns, ...]`; standard normal `decoder_noise` `[rows,
-        columns, channels]`; `gate` of L_diff's gradient into the encoder."""
+        columns, channels]`; `gate` of L_diff's gradient into the encoder, a scalar."""
         network, by_tokens = self.autoencoder, self.config.decoder_loss == "cross_entropy"
         layout, real = shot.layout.separated(), shot.layout.real
         latents = network.encode_states(states, shot.layout)
@@ -160,7 +163,7 @@ class LDLMTraining(nn.Module):
         hits, count = (logits.detach().argmax(dim=-1) == tokens) & real, real.sum().double()
         output.metrics |= {"accuracy": (hits.sum().double(), count), **latent_health(latents.detach(), real)}
         output.metrics["latent_rank"] = (latent_rank(latents.detach(), real), torch.ones_like(count))
-        output.metrics["gate"] = (gate * torch.ones_like(count), torch.ones_like(count))
+        output.metrics["gate"] = (gate.double(), torch.ones_like(count))
         if not self.training:
             output.metrics |= self._accuracy_at_noise(tokens, latents, shot, decoder_noise)
         return output
@@ -189,6 +192,8 @@ class LDLMRecipe(Recipe):
         self.tokenizer_fingerprint = tokenizer.fingerprint()
         self.built_on = {"ldlm.language_model": weights_hash(self.language_model)}
         self.reads_states = bool(config.data.states())
+        self.eos_id = tokenizer.eos_id
+        check_rows(self.flow, config.data, "ldlm.flow")
         self.teacher: Teacher | None = None
         if self.reads_states:
             check_states(config.data.states()[0], config.ldlm)  # the other sources' are of the same model
@@ -217,6 +222,8 @@ class LDLMRecipe(Recipe):
             real = states[layout.real].double()
             self.statistics = TeacherStatistics(real.mean(dim=0).float(), real.std(dim=0).float(), causal)
         assert states is not None
+        if not bool(layout.real.any()):
+            raise ConfigError(f"none of the first {batch.tokens.numel()} tokens has an extracted state: extract more")
         self.module = make_module(config.ldlm, states.shape[-1], vocab_size)
         initialise(
             self.module, lambda name, p: torch.randn(p.shape, generator=rng.generator(self.seed, f"init/{name}"))
@@ -241,10 +248,11 @@ class LDLMRecipe(Recipe):
 
     def warnings(self, figures: Mapping[str, float]) -> list[str]:
         channels = self.config.autoencoder.latent_channels
-        if figures["active_units"] < channels / 2 or figures["latent_rank"] < 2.0:
+        narrow = figures["active_units"] < channels / 2 or figures["latent_rank"] < 2.0
+        if narrow or figures["latent_variance"] < LEAST_VARIANCE:
             return [
                 f"the latents collapse: {figures['active_units']:.0f} of {channels} channels vary, in "
-                f"{figures['latent_rank']:.1f} directions"
+                f"{figures['latent_rank']:.1f} directions, by a variance of {figures['latent_variance']:.2f} of 1"
             ]
         return []
 
@@ -252,8 +260,11 @@ class LDLMRecipe(Recipe):
     def prepare(self, batch: TokenBatch, *, step: int, purpose: str = "train") -> Prepared:
         draw, channels = RowDraws(self.seed, purpose, batch.row_index), self.config.autoencoder.latent_channels
         batch = only_extracted(batch)
+        if purpose == "train":
+            batch = cut_segments(self.flow, batch, draw)
+        batch, added = pad_with_ends(self.flow, batch, draw, self.eos_id)
         timesteps = self.module.denoiser.timesteps if purpose == "train" else None
-        shot = one_shot(self.flow, batch, draw, channels, timesteps)
+        shot = one_shot(self.flow, batch, draw, channels, timesteps, added)
         states = batch.hidden
         if self.teacher is not None:
             states = states_of_rows(self.teacher, batch.tokens, shot.layout, self.statistics.causal)
@@ -263,7 +274,7 @@ class LDLMRecipe(Recipe):
             "states": self.module.autoencoder.standardise(states),
             "shot": shot,
             "decoder_noise": draw.normal("decoder_noise", (batch.tokens.shape[1], channels), batch.tokens.device),
-            "gate": encoder_gate(step, self.config.encoder_warmup_steps),
+            "gate": torch.full((), encoder_gate(step, self.config.encoder_warmup_steps), device=batch.tokens.device),
             "self_condition": feeds_back(self.flow, self.seed, step, purpose),
         }
         real = shot.layout.real.sum().double()
@@ -288,7 +299,9 @@ class LDLMRecipe(Recipe):
     def preview(self, seed: int) -> list[str]:
         from megatext.generation.text_generator import TextGenerator
 
-        return TextGenerator(self.module.denoiser, self._autoencoder, load_tokenizer(self.language_model)).preview(seed)
+        generator = TextGenerator(self.module.denoiser, self._autoencoder, load_tokenizer(self.language_model))
+        generator.flow = found_timesteps(self.flow, dict(self.module.named_buffers()), "denoiser.")
+        return generator.preview(seed)
 
     @property
     def _autoencoder(self) -> HiddenAutoencoder:
@@ -338,12 +351,19 @@ def check_states(place: str, config: LDLMRecipeConfig) -> None:
             f"{place}: the states of a model that is not causal know what follows, so a context's would tell of the "
             "target; set ldlm.flow.unconditional_probability: 1, or leave data.hidden_states out"
         )
+    if config.flow.infill_probability > 0:
+        raise ConfigError(
+            f"{place}: ldlm.flow.infill_probability with extracted states, in which a context after its target has "
+            "seen it; leave data.hidden_states out"
+        )
 
 
 def make_module(config: LDLMRecipeConfig, hidden_channels: int, vocab_size: int) -> LDLMTraining:
     """The module of the recipe. Raises ConfigError where the options do not fit together."""
     if config.flow.block_tokens:
         raise ConfigError("ldlm.flow.block_tokens must be 0: LDLM writes in one shot, its latents know what follows")
+    if config.flow.target_encoding != "separate":
+        raise ConfigError("ldlm.flow.target_encoding: LDLM's encoder always has the context in view, its decoder never")
     autoencoder = LatentAutoencoder(config.autoencoder, hidden_channels, vocab_size)
     return LDLMTraining(autoencoder, make_denoiser(config.network, config.flow, autoencoder), config)
 
@@ -378,7 +398,7 @@ def passes(config: PretrainLDLMConfig, module: LDLMTraining, vocab_size: int) ->
     shot = OneShot.of_zeros(columns, channels)
 
     def run(self_condition: bool) -> Output:
-        return module(tokens, states, shot, noise, 1.0, self_condition)
+        return module(tokens, states, shot, noise, torch.ones(()), self_condition)
 
     twice = config.ldlm.flow.self_conditioning_probability
     found = [Pass(lambda: run(False), 1 - twice), *([Pass(lambda: run(True), twice)] if twice else [])]

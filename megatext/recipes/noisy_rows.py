@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from megatext import rng
+from megatext.config import ConfigError
 from megatext.data.packing import TokenBatch
+from megatext.data.stream import DataConfig
 from megatext.flow.timesteps import AdaptiveTimesteps, TimestepConfig
 from megatext.nn.attention import Mask, make_mask
 from megatext.nn.layout import CONTEXT, PADDING, TARGET, Layout
@@ -98,12 +100,17 @@ class OneShot:
 
 
 def one_shot(
-    flow: FlowConfig, batch: TokenBatch, draw: RowDraws, channels: int, timesteps: AdaptiveTimesteps | None = None
+    flow: FlowConfig,
+    batch: TokenBatch,
+    draw: RowDraws,
+    channels: int,
+    timesteps: AdaptiveTimesteps | None = None,
+    added: Tensor | None = None,
 ) -> OneShot:
     """Splits, dropped contexts, timesteps and noise for latents of so many channels; `timesteps` instead of the flow's
-    own."""
+    own. Ends of text that were `added` belong to the target, wherever a segment is split."""
     columns = batch.tokens.shape[1]
-    is_target = _targets(flow, batch, draw)
+    is_target = _targets(flow, batch, draw, torch.zeros_like(batch.segment > 0) if added is None else added)
     layout = Layout.of(batch.segment, batch.position, torch.where(is_target, TARGET, CONTEXT))
     no_context = ~_any_of_segment(~is_target, batch.segment)
     dropped = draw.per_group("condition_dropout", columns, batch.segment) < flow.condition_dropout
@@ -125,24 +132,32 @@ def one_shot(
     )
 
 
-def _targets(flow: FlowConfig, batch: TokenBatch, draw: RowDraws) -> Tensor:
+def _targets(flow: FlowConfig, batch: TokenBatch, draw: RowDraws, added: Tensor) -> Tensor:
     """bool `[rows, columns]`: what is to be generated, of each segment its end, or a part that lies anywhere in it."""
     columns, (low, high) = batch.tokens.shape[1], flow.context_fraction
     fraction = low + (high - low) * draw.per_group("split", columns, batch.segment)
     unconditional = draw.per_group("unconditional", columns, batch.segment) < flow.unconditional_probability
-    length = (batch.segment[:, :, None] == batch.segment[:, None, :]).sum(dim=-1)
+    length = ((batch.segment[:, :, None] == batch.segment[:, None, :]) & ~added[:, None, :]).sum(dim=-1)
     context = (fraction * length).round().clamp(min=1).minimum(length - 1) * ~unconditional
     before = context
     if flow.infill_probability > 0:
         place = draw.per_group("infill", columns, batch.segment) / flow.infill_probability
         before = torch.where(place < 1, (place * (context + 1)).floor(), context)
-    return (batch.position >= before) & (batch.position < before + length - context)
+    return (batch.position >= before) & (batch.position < before + length - context) | added
 
 
 def _any_of_segment(there: Tensor, segment: Tensor) -> Tensor:
     """bool `[rows, columns]`: whether it holds anywhere in a token's own segment."""
     same = segment[:, :, None] == segment[:, None, :]
     return (same & there[:, None, :]).any(dim=-1)
+
+
+def check_rows(flow: FlowConfig, data: DataConfig, where: str) -> None:
+    """Raise ConfigError where `data` leaves no place for what a flow, named `where`, does to the rows."""
+    if flow.eos_padding_tokens and (data.packed or data.row_tokens <= data.max_tokens):
+        raise ConfigError(f"{where}.eos_padding_tokens needs data.packed: false, and data.row_tokens above max_tokens")
+    if (flow.eos_padding_tokens or flow.segment_lengths != "windows") and data.states():
+        raise ConfigError(f"{where}: extracted states are of whole windows; leave data.hidden_states out")
 
 
 def cut_segments(flow: FlowConfig, batch: TokenBatch, draw: RowDraws) -> TokenBatch:
@@ -166,18 +181,20 @@ def cut_segments(flow: FlowConfig, batch: TokenBatch, draw: RowDraws) -> TokenBa
     return replace(batch, segment=segment, position=position, hidden=None, hidden_valid=None)
 
 
-def pad_with_ends(flow: FlowConfig, batch: TokenBatch, draw: RowDraws, eos_id: int) -> TokenBatch:
-    """The batch with up to `flow.eos_padding_tokens` ends of text after each row's last segment, as its own tokens."""
+def pad_with_ends(flow: FlowConfig, batch: TokenBatch, draw: RowDraws, eos_id: int) -> tuple[TokenBatch, Tensor | None]:
+    """The batch with up to `flow.eos_padding_tokens` ends of text after each row's last segment, as its own tokens,
+    where that is whole: it ends in one. And what was added, bool `[rows, columns]`; None: nothing."""
     if not flow.eos_padding_tokens:
-        return batch
+        return batch, None
     columns = batch.tokens.shape[1]
     places = torch.arange(columns, device=batch.tokens.device).expand_as(batch.tokens)
     filled = (batch.segment != PADDING).sum(dim=1, keepdim=True)  # what is free is at a row's end
     drawn = (rng.on_device(draw.uniform("eos_padding"), places.device) * (flow.eos_padding_tokens + 1)).long()
-    added = (places >= filled) & (places < filled + drawn[:, None]) & (filled > 0)
     last = (filled - 1).clamp(min=0)
+    whole = (filled > 0) & (batch.tokens.gather(1, last) == eos_id)
+    added = (places >= filled) & (places < filled + drawn[:, None]) & whole
     position = batch.position.gather(1, last) + places - last
-    return replace(
+    padded = replace(
         batch,
         tokens=batch.tokens.masked_fill(added, eos_id),
         segment=torch.where(added, batch.segment.gather(1, last), batch.segment),
@@ -185,6 +202,7 @@ def pad_with_ends(flow: FlowConfig, batch: TokenBatch, draw: RowDraws, eos_id: i
         hidden=None,
         hidden_valid=None,
     )
+    return padded, added
 
 
 @dataclass

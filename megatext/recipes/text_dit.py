@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from megatext import rng
-from megatext.config import ConfigError
 from megatext.data.packing import TokenBatch
 from megatext.nn.blocks import TrunkConfig, initialise
 from megatext.nn.dit import TextDiTConfig
@@ -30,7 +29,15 @@ from megatext.recipes.denoiser import (
     stored_weights,
 )
 from megatext.recipes.draws import RowDraws
-from megatext.recipes.noisy_rows import OneShot, TwoStreams, cut_segments, one_shot, pad_with_ends, two_streams
+from megatext.recipes.noisy_rows import (
+    OneShot,
+    TwoStreams,
+    check_rows,
+    cut_segments,
+    one_shot,
+    pad_with_ends,
+    two_streams,
+)
 from megatext.recipes.pretrained import is_text_vae, load_text_vae, text_vae_config, weights_hash, write_model
 from megatext.recipes.warm_start import load_language_model
 from megatext.tokenizer import load_tokenizer
@@ -70,8 +77,7 @@ class TextDiTRecipe(Recipe):
         self.vae_directory = Path(config.dit.vae)
         self.vae, self.tokenizer_fingerprint = load_text_vae(self.vae_directory)
         self.built_on = {"dit.vae": weights_hash(self.vae_directory)}
-        if self.flow.eos_padding_tokens and config.data.packed:
-            raise ConfigError("dit.flow.eos_padding_tokens needs data.packed: false, and rows longer than windows")
+        check_rows(self.flow, config.data.without_states(), "dit.flow")
         self.eos_id = load_tokenizer(self.vae_directory).eos_id
         self.module = make_denoiser(config.dit.network, config.dit.flow, self.vae, frozen=True)
         initialise(
@@ -98,9 +104,10 @@ class TextDiTRecipe(Recipe):
         draw = RowDraws(self.seed, purpose, batch.row_index)
         if purpose == "train":
             batch = cut_segments(self.flow, batch, draw)
-        batch = pad_with_ends(self.flow, batch, draw, self.eos_id)
-        make = self._two_streams if self.flow.block_tokens else self._context_and_target
-        inputs = make(batch, draw)
+        if self.flow.block_tokens:
+            inputs = self._two_streams(batch, draw)
+        else:
+            inputs = self._context_and_target(*pad_with_ends(self.flow, batch, draw, self.eos_id), draw)
         inputs["self_condition"] = feeds_back(self.flow, self.seed, step, purpose)
         return Prepared(inputs, self.flow.loss_counts(inputs["loss_mask"].sum().double()))
 
@@ -113,10 +120,10 @@ class TextDiTRecipe(Recipe):
             mean = self.vae.sample(mean, log_variance, noise)
         return streams.inputs(batch.tokens, self.vae.standardise(mean))
 
-    def _context_and_target(self, batch: TokenBatch, draw: RowDraws) -> dict[str, Any]:
+    def _context_and_target(self, batch: TokenBatch, added: Tensor | None, draw: RowDraws) -> dict[str, Any]:
         """Every segment split in a clean context and a noisy target, encoded without it or beside it."""
         timesteps = self.module.timesteps if draw.purpose == "train" else None
-        shot = one_shot(self.flow, batch, draw, self.vae.config.latent_channels, timesteps)
+        shot = one_shot(self.flow, batch, draw, self.vae.config.latent_channels, timesteps, added)
         if self.flow.target_encoding == "separate":
             mean, log_variance, _ = self.vae.encode(batch.tokens, shot.layout.separated())
         else:
@@ -142,7 +149,9 @@ class TextDiTRecipe(Recipe):
     def preview(self, seed: int) -> list[str]:
         from megatext.generation.text_generator import TextGenerator
 
-        return TextGenerator(self.module, self.vae, load_tokenizer(self.vae_directory)).preview(seed)
+        generator = TextGenerator(self.module, self.vae, load_tokenizer(self.vae_directory))
+        generator.flow = found_timesteps(self.flow, dict(self.module.named_buffers()), "")
+        return generator.preview(seed)
 
     def export(self, state_dict: dict[str, Tensor], output: Path) -> None:
         weights = stored_weights(state_dict, "network.", self.config.network)

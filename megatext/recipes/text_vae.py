@@ -167,8 +167,9 @@ class HiddenTokens:
 def latent_health(mean: Tensor, real: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """What tells a collapsing latent space, of posterior means `[rows, columns, channels]` where `real`.
 
-    `latent_variance` of a channel over the tokens and `latent_mean_abs`, both averaged over channels; `active_units`,
-    the channels whose mean varies by more than 0.01 (Burda et al., arXiv 1509.00519, section 5.1).
+    `latent_variance` of a channel over the tokens and `latent_mean_abs`, both averaged over channels, and the variance
+    of the channel that varies least; `active_units`, the channels whose mean varies by more than 0.01 (Burda et al.,
+    arXiv 1509.00519, section 5.1).
     """
     one = torch.ones((), dtype=torch.float64, device=mean.device)
     weight = real.double()[..., None]
@@ -177,6 +178,7 @@ def latent_health(mean: Tensor, real: Tensor) -> dict[str, tuple[Tensor, Tensor]
     variance = ((mean - centre).square() * weight).sum(dim=(0, 1)) / count
     return {
         "latent_variance": (variance.mean(), one),
+        "latent_variance_least": (variance.min(), one),
         "latent_mean_abs": (centre.abs().mean(), one),
         "active_units": ((variance > 0.01).double().sum(), one),
     }

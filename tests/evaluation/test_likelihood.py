@@ -66,7 +66,11 @@ def test_likelihoods_and_traces_reach_table_and_report(
     )
     bound = rows["DiT"]["bits_per_character"]
     bits = sum(each.nats for each in ours) / math.log(2) / sum(len(s.target) for s in samples[:3])
-    assert bound["value"] == pytest.approx(bits, rel=1e-3) and bound["bound"] and bound["estimator_error"] > 0
+    assert bound["value"] == pytest.approx(bits, rel=1e-3) and bound["bound"]
+    pooled = (
+        torch.tensor([each.estimates for each in ours]).sum(0) / math.log(2) / sum(len(s.target) for s in samples[:3])
+    )
+    assert bound["estimator_error"] == pytest.approx(float(pooled.std()) / len(pooled) ** 0.5, rel=1e-2)
     table = console_table(results)
     assert "bits/char" in table and f"{bits:.3f}§" in table and "§ an upper bound: variational bound." in table
     assert "bits_per_character" not in rows["human"]
@@ -94,3 +98,12 @@ def test_steps_of_a_trace_are_thinned_evenly() -> None:
     shown = _pick_steps(steps, 5)
     assert shown == [(10, "10"), (20, "20"), (30, "30"), (40, "40"), (50, "50")]
     assert _pick_steps(["a", "b"]) == [(1, "a"), (2, "b")]
+
+
+def test_targets_that_a_model_does_not_read_whole_are_refused(tiny_lm: Path) -> None:
+    from evaluation.systems.base import Item, Length
+    from evaluation.systems.causal_lm import CausalLM, CausalSampling
+
+    system = CausalLM(tiny_lm, CausalSampling())
+    with pytest.raises(ConfigError, match="does not read all of long"):
+        system.log_likelihood([Item("long", "the cat", "dog " * 300, Length())], 0)

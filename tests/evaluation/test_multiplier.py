@@ -62,6 +62,7 @@ def test_beyond_what_was_measured_a_bound(gap: float, entropy: float, relation: 
 def test_what_is_missing_is_told() -> None:
     with pytest.raises(DataError, match="no row has this group"):
         multipliers({"systems": baseline(1, 0.5)}, ["AR 2"])
-    rows = [*baseline(1, 0.5), {**row("ours", 1, 0.4, 5.5), "training_flops": None}]
+    rows = [*baseline(1, 0.5), {**row("ours", 1, 0.4, 5.5), "training_flops": None}, row("theirs", 1, 0.4, 5.5)]
+    assert [each.name for each in multipliers({"systems": rows}, ["AR 1"])] == ["theirs"]
     with pytest.raises(DataError, match="ours: no training_pflops"):
-        multipliers({"systems": rows}, ["AR 1"])
+        multipliers({"systems": rows}, ["ours"])

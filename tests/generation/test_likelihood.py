@@ -99,6 +99,57 @@ def test_the_ode_agrees_with_the_variational_bound(exact: TextGenerator) -> None
         assert likelihood.estimator == "bound by the probability-flow ODE"
 
 
+class ExactBlocks(nn.Module):
+    """The same for texts of two blocks of two tokens, of two that there are: a block given the clean ones before it,
+    and its own tokens that are given, by enumeration."""
+
+    def __init__(self, network: nn.Module, table: Tensor, joint: Tensor) -> None:
+        super().__init__()
+        self.config, self.latent_in = network.config, network.latent_in
+        self.table, self.joint = table, joint
+
+    def forward(self, z: Tensor, times: Tensor, index: Tensor, position: Tensor, *rest: Any, **more: Any) -> Any:
+        if not more.get("predict", True):
+            return z, [more["tokens"]]
+        (tokens,), texts = more["past"], list(itertools.product(range(2), repeat=4))
+        out = torch.full((*z.shape[:2], len(self.table)), -1e9, dtype=torch.float64)
+        for row in range(len(z)):
+            for block in (0, 1):
+                weights = self.joint.flatten().double().log()
+                for place in range(2 * block + 2):
+                    t = times[index[row, place]].double()
+                    clean = torch.stack([self.table[TOKENS[text[place]]] for text in texts]).double()
+                    if place < 2 * block or t == 0:  # known
+                        known = torch.tensor([TOKENS[text[place]] == int(tokens[row, place]) for text in texts])
+                        weights = weights.masked_fill(~known, -math.inf)
+                    else:
+                        weights = weights - (z[row, place].double() - (1 - t) * clean).square().sum(-1) / (2 * t * t)
+                posterior = weights.softmax(-1)
+                for place in (2 * block, 2 * block + 1):
+                    for token in range(2):
+                        share = posterior[torch.tensor([text[place] == token for text in texts])].sum()
+                        out[row, place, TOKENS[token]] = share.clamp(min=1e-300).log()
+        return out.float(), []
+
+
+@pytest.mark.parametrize("prompt_tokens", [0, 1, 2])
+def test_blocks_are_scored_after_each_other(prompt_tokens: int, exact: TextGenerator) -> None:
+    """The chain rule over blocks, and a prompt that ends inside one, against the joint distribution."""
+    joint = torch.rand(2, 2, 2, 2, generator=torch.Generator().manual_seed(5)) + 0.1
+    joint = joint / joint.sum()
+    assert exact.module.table is not None
+    exact.flow = exact.module.flow = replace(exact.flow, block_tokens=2)
+    exact.module.network = ExactBlocks(exact.module.network, exact.module.table, joint)  # type: ignore[assignment]
+    texts = [(0, 1, 1, 0), (1, 1, 0, 0)]
+    ids = [[TOKENS[i] for i in text] for text in texts]
+    pairs = [(text[:prompt_tokens], text[prompt_tokens:]) for text in ids]
+    found = log_likelihood(exact, pairs, LikelihoodConfig(seeds=24, steps=16, smallest_timestep=0.2))
+    for likelihood, text in zip(found, texts, strict=True):
+        given = joint[text[:prompt_tokens]].sum() if prompt_tokens else 1.0
+        truth = -math.log(float(joint[text] / given))
+        assert likelihood.error < 0.4 and likelihood.nats == pytest.approx(truth, abs=4 * likelihood.error)
+
+
 KINDS = ["blocks", "cola", "one_shot", "one_shot_zeros"]
 
 
@@ -132,6 +183,10 @@ def test_what_has_no_bound_is_refused(tmp_path: Path, tokenizer_directory: Path)
     with pytest.raises(ConfigError, match="does not look ahead"):
         generator.log_likelihood(["the"], ["cat"])
     generator = TextGenerator.from_pretrained(export(tmp_path / "b", tokenizer_directory, "one_shot"))
+    generator.flow = replace(generator.flow, unconditional_probability=1.0)
+    with pytest.raises(ConfigError, match="from nothing only"):
+        generator.log_likelihood(["the"], ["cat"])
+    generator.flow = replace(generator.flow, unconditional_probability=0.1)
     with pytest.raises(ConfigError, match="no tokens"):
         generator.log_likelihood(["the"], [""])
     with pytest.raises(ConfigError, match="smallest_timestep"):

@@ -107,6 +107,8 @@ def test_infilling_keeps_what_is_given_and_depends_on_both_sides(generator: Text
         assert text.startswith(PROMPTS[0]) and text.endswith(end)
     assert "the tree" in texts[2]
     hook.remove()
+    ends_early = replace(sampling, length="eos")  # means nothing here: what is given stands behind the gap
+    assert generator.infill([[PROMPTS[0], 5, ends[0]]], seeds=[1], sampling=ends_early) == texts[:1]
     # the same noise before other ends; as random weights say mostly the same tokens, by what the network says
     assert not torch.allclose(predicted[-1][0, -5:], predicted[-1][1, -5:], atol=1e-3)
     alone = generator.infill([[4, "the tree", 2]], seeds=[2], sampling=sampling)
@@ -149,12 +151,45 @@ def test_steps_end_where_every_token_is_sure(name: str, tmp_path: Path, tokenize
 
 
 @pytest.mark.parametrize("name", sorted(SYSTEMS))
-def test_a_trace_ends_in_the_text(name: str, tmp_path: Path, tokenizer_directory: Path) -> None:
+@pytest.mark.parametrize("tokens", [7, 8, 9])
+def test_a_trace_has_a_line_a_step_and_ends_in_the_text(
+    name: str, tokens: int, tmp_path: Path, tokenizer_directory: Path
+) -> None:
     generator = TextGenerator.from_pretrained(export(tmp_path, tokenizer_directory, name))
-    sampling = SamplingConfig(steps=5)
-    shown = generator.trace(PROMPTS[0], target_tokens=9, seed=3, sampling=sampling)
-    assert [shown[-1]] == generator.generate([PROMPTS[0]], target_tokens=[9], seeds=[3], sampling=sampling)
-    known = len(generator.tokenizer.encode(PROMPTS[0]))
-    size = generator.flow.block_tokens
-    blocks = -(-(known + 9) // size) - known // size if size else 1
-    assert len(shown) == 5 * blocks and generator.observer is None
+    for solver in ("euler", "heun"):
+        sampling = SamplingConfig(steps=5, solver=solver)  # type: ignore[arg-type]
+        shown = generator.trace(PROMPTS[0], target_tokens=tokens, seed=3, sampling=sampling)
+        assert [shown[-1]] == generator.generate([PROMPTS[0]], target_tokens=[tokens], seeds=[3], sampling=sampling)
+        known = len(generator.tokenizer.encode(PROMPTS[0]))
+        size = generator.flow.block_tokens
+        blocks = -(-(known + tokens) // size) - known // size if size else 1
+        assert len(shown) == 5 * blocks and generator.observer is None
+
+
+def test_a_block_ends_its_steps_when_its_own_text_is_sure(tmp_path: Path, tokenizer_directory: Path) -> None:
+    """Columns that the prompt gives, or that lie behind the text's end, are not waited for."""
+    from tests.generation.test_text_generator import Prefers
+
+    generator = TextGenerator.from_pretrained(export(tmp_path, tokenizer_directory, "blocks"))
+    network, calls = generator.module.network, 0
+    head = network.head
+
+    class SureInTheMiddle(torch.nn.Module):
+        """Certain of the columns that are written, undecided in all others."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits = torch.zeros_like(head(x))
+            logits[:, 1:3] = Prefers(9)(logits[:, 1:3])
+            return logits
+
+    network.head = SureInTheMiddle()  # type: ignore[assignment]
+    generator.module.flow = generator.flow = replace(generator.flow, token_likelihood=False)
+
+    def count(module: object, args: object, kwargs: dict[str, object], output: object) -> None:
+        nonlocal calls
+        calls += bool(kwargs.get("predict", True))
+
+    network.register_forward_hook(count, with_kwargs=True)
+    sampling = SamplingConfig(steps=6, exit_margin=0.9)
+    ((text,),) = generator._pieces([Request([5], 2, 0)], sampling)
+    assert text == [9, 9] and calls == 1

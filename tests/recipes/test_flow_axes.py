@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatext.config import ConfigError
 from megatext.data.packing import TokenBatch
+from megatext.data.stream import DataConfig
 from megatext.flow import objectives
 from megatext.flow.paths import Linear, Path, TanD
 from megatext.flow.timesteps import TimestepConfig
@@ -19,7 +20,7 @@ from megatext.nn.dit import TextDiTConfig
 from megatext.nn.layout import CONTEXT, TARGET
 from megatext.recipes.denoiser import ConsistencyConfig, FlowConfig
 from megatext.recipes.draws import RowDraws
-from megatext.recipes.noisy_rows import cut_segments, one_shot, pad_with_ends
+from megatext.recipes.noisy_rows import check_rows, cut_segments, one_shot, pad_with_ends
 from tests.recipes.rows import make_batch
 from tests.recipes.test_text_dit import BLOCKS, ONE_SHOT, TRUNK, make_recipe
 
@@ -244,15 +245,20 @@ def test_ends_of_text_follow_a_text_in_its_row() -> None:
     batch = TokenBatch(
         tokens, torch.where(real, 0, -1), torch.where(real, places, 0), torch.arange(rows), [["d"]] * rows
     )
-    padded = pad_with_ends(flow, batch, draws(batch.row_index), eos_id=2)
-    added = (padded.segment >= 0) & ~real
-    assert (padded.tokens[added] == 2).all() and torch.equal(padded.tokens[real], tokens[real])
+    batch.tokens[torch.arange(rows), length - 1] = torch.where(torch.arange(rows) % 5 == 0, 9, 2)  # windows cut short
+    padded, added = pad_with_ends(flow, batch, draws(batch.row_index), eos_id=2)
+    assert added is not None and torch.equal(added, (padded.segment >= 0) & ~real)
+    assert not added[::5].any()  # a text that goes on elsewhere does not end here
+    shot = one_shot(replace(ONE_SHOT, unconditional_probability=0.0), padded, draws(batch.row_index), 6, added=added)
+    without = one_shot(replace(ONE_SHOT, unconditional_probability=0.0), batch, draws(batch.row_index), 6)
+    assert shot.target[added].all() and torch.equal(shot.target[real], without.target[real])
+    assert (padded.tokens[added] == 2).all() and torch.equal(padded.tokens[real], batch.tokens[real])
     assert torch.equal(padded.position[padded.segment >= 0], places[padded.segment >= 0])
     counts = added.sum(dim=1)
-    room = length <= 19
+    room = (length <= 19) & (torch.arange(rows) % 5 > 0)
     assert set(counts[room].tolist()) == set(range(6)) and (counts <= columns - length).all()
     assert float(counts[room].double().mean()) == pytest.approx(2.5, abs=0.35)
-    assert pad_with_ends(FlowConfig(), batch, draws(batch.row_index), 2) is batch
+    assert pad_with_ends(FlowConfig(), batch, draws(batch.row_index), 2) == (batch, None)
 
 
 def test_targets_anywhere_for_infilling() -> None:
@@ -280,6 +286,7 @@ def test_targets_anywhere_for_infilling() -> None:
         (replace(BLOCKS, attention="prefix"), "only in one shot"),
         (replace(BLOCKS, infill_probability=0.5), "only in one shot"),
         (replace(BLOCKS, eos_padding_tokens=2), "only in one shot"),
+        (replace(ONE_SHOT, block_tokens=4, objective="x0", token_weight=1.0), "token_weight.*only in one shot"),
     ],
 )
 def test_axes_of_one_shot_alone(flow: FlowConfig, message: str) -> None:
@@ -287,8 +294,41 @@ def test_axes_of_one_shot_alone(flow: FlowConfig, message: str) -> None:
         make_recipe(flow)
 
 
+@pytest.mark.parametrize(
+    ("flow", "data", "message"),
+    [
+        ({"eos_padding_tokens": 2}, {"packed": True, "row_tokens": 40}, "packed: false"),
+        ({"eos_padding_tokens": 2}, {"packed": False, "row_tokens": 32}, "row_tokens above max_tokens"),
+        ({"segment_lengths": "uniform"}, {"hidden_states": "there"}, "extracted states are of whole windows"),
+    ],
+)
+def test_rows_that_leave_no_place_are_refused(flow: dict[str, Any], data: dict[str, Any], message: str) -> None:
+    config = DataConfig("shards", **{"max_tokens": 32, "row_tokens": 64, **data})
+    with pytest.raises(ConfigError, match=message):
+        check_rows(FlowConfig(**flow), config, "dit.flow")
+    check_rows(FlowConfig(), config, "dit.flow")
+
+
+@pytest.mark.parametrize(("objective", "latent_loss"), [("x0", "velocity"), ("velocity", "x0"), ("x0", "own")])
+def test_bars_of_converted_losses_are_those_of_a_constant(objective: str, latent_loss: str) -> None:
+    """A network that says nothing, on many latents of variance 1, loses the bar."""
+    flow = replace(ONE_SHOT, objective=objective, latent_loss=latent_loss)  # type: ignore[arg-type]
+    recipe = make_recipe(flow, local=False)
+    with torch.no_grad():
+        recipe.module.network.head.weight.zero_()
+        recipe.module.network.head.bias.zero_()
+    path, t = recipe.module.path, torch.tensor([0.15, 0.35, 0.65, 0.95]).repeat(4000)[None]
+    latents, noise = torch.randn(2, 1, t.shape[1], 6).unbind(0)
+    noisy = path.interpolate(latents, noise, t)
+    lost = recipe.module._own_loss(torch.zeros_like(latents), noisy, latents, noise, torch.zeros_like(t).long(), t)
+    measured = lost[0].view(-1, 4).mean(0)
+    torch.testing.assert_close(measured, recipe.module.constant_error(t, 1.0)[0, :4], rtol=0.05, atol=0.01)
+
+
 def test_a_flow_without_any_loss_is_refused() -> None:
     with pytest.raises(ConfigError, match="nothing would be learnt"):
         FlowConfig(latent_weight=0.0)
+    with pytest.raises(ConfigError, match="no error of latents"):
+        FlowConfig(objective="x0", latent_loss="velocity", latent_weight=0.0, token_weight=1.0)
     with pytest.raises(ConfigError, match="nothing would be learnt"):
         FlowConfig(objective="token_cross_entropy", token_weight=0.0)

@@ -60,9 +60,12 @@ def make_recipe(config: LDLMRecipeConfig = CONFIG) -> LDLMRecipe:
     """A recipe with random weights, without files."""
     recipe = object.__new__(LDLMRecipe)
     recipe.config, recipe.flow, recipe.seed, recipe.teacher = config, config.flow, 3, language_model()
+    recipe.eos_id = 2
     recipe.statistics = TeacherStatistics(torch.zeros(12), torch.ones(12), causal=True)
     recipe.module = make_module(config, 12, 60)
     initialise(recipe.module, lambda name, p: torch.randn(p.shape, generator=rng.generator(0, name)))
+    recipe.module.autoencoder.hidden_mean.copy_(torch.linspace(-0.5, 0.5, 12))
+    recipe.module.autoencoder.hidden_std.copy_(torch.linspace(0.5, 2.0, 12))
     with torch.no_grad():  # zero at initialisation, and with them most gradients
         for name, parameter in recipe.module.named_parameters():
             if "modulation" in name or "head" in name:
@@ -141,7 +144,8 @@ def test_losses_by_independent_arithmetic() -> None:
     ae, inputs = recipe.module.autoencoder, prepared.inputs
     batch, states, shot = make_batch(), prepared.inputs["states"], prepared.inputs["shot"]
     real = batch.segment >= 0
-    assert torch.allclose(states, states_of_rows(recipe.teacher, batch.tokens, shot.layout, True))
+    read = states_of_rows(recipe.teacher, batch.tokens, shot.layout, True)
+    assert torch.allclose(states, (read - torch.linspace(-0.5, 0.5, 12)) / torch.linspace(0.5, 2.0, 12), atol=1e-5)
     fresh = make_recipe().module.autoencoder
     latents = fresh.encode_states(states, shot.layout)
     assert torch.allclose(latents.square().mean(-1), torch.ones(latents.shape[:2]), atol=1e-4)
@@ -254,18 +258,36 @@ def test_a_validation_looks_at_fixed_timesteps() -> None:
     assert shots[0].times.table[1:].median() < 0.25 and shots[2].times.table[1:].median() > 0.75
 
 
-def test_a_context_does_not_know_its_target() -> None:
-    """Neither by the language model nor by the latent encoder; the target's latents know the context."""
-    recipe = make_recipe(replace(CONFIG, flow=replace(FLOW, unconditional_probability=0.0)))
+@pytest.mark.parametrize("infill", [0.0, 1.0])
+def test_a_context_does_not_know_its_target(infill: float) -> None:
+    """Neither by the language model nor by the latent encoder, also where it stands behind it; the target's latents
+    know the context."""
+    flow = replace(FLOW, unconditional_probability=0.0, infill_probability=infill)
+    recipe = make_recipe(replace(CONFIG, flow=flow))
     batch = make_batch()
     inputs = recipe.prepare(batch, step=0).inputs
     layout, ae = inputs["shot"].layout, recipe.module.autoencoder.eval()
     context = layout.real & ~inputs["shot"].target
+    behind = context & torch.roll(inputs["shot"].target, 1, dims=1) & (batch.position > 0)
+    assert bool(behind.any()) == bool(infill)
     other = replace(batch, tokens=torch.where(context, batch.tokens, (batch.tokens - 4 + 9) % 56 + 4))
     before, after = (
         ae.encode_states(recipe.prepare(b, step=0).inputs["states"], layout).detach() for b in (batch, other)
     )
     assert torch.equal(before[context], after[context]) and not torch.allclose(before, after)
+
+
+def test_segments_are_cut_and_padded_with_ends_of_text() -> None:
+    flow = replace(FLOW, segment_lengths="log_uniform", min_segment_tokens=2, eos_padding_tokens=3)
+    recipe, batch = make_recipe(replace(CONFIG, flow=flow)), make_batch(rows=40)
+    batch.tokens[:, 20] = 2  # where the rows' texts end
+    shot = recipe.prepare(batch, step=0).inputs["shot"]
+    assert shot.layout.segment.max() > 1  # more of them than windows
+    added = (shot.layout.segment >= 0) & (batch.segment < 0)
+    tokens = recipe.prepare(batch, step=0).inputs["tokens"]
+    assert added.any() and (tokens[added] == 2).all() and shot.target[added].all()
+    plain = recipe.prepare(batch, step=0, purpose="validation").inputs["shot"]
+    assert plain.layout.segment.max() == 1
 
 
 def test_latents_begin_varied_and_have_one_scale() -> None:
@@ -276,7 +298,7 @@ def test_latents_begin_varied_and_have_one_scale() -> None:
     ae.measure(states, layout)
     outputs = ae.encoder(states, layout).detach()
     centred = (outputs - outputs[layout.real].mean(0)) / outputs[layout.real].std(0)
-    expected = F.layer_norm(centred, (6,))
+    expected = F.layer_norm(centred, (6,), eps=1e-6)
     latents = ae.encode_states(states, layout).detach()
     assert torch.allclose(latents, expected, atol=1e-4)
     assert torch.allclose(latents.square().mean(-1), torch.ones(latents.shape[:2]), atol=1e-3)
@@ -302,6 +324,8 @@ def test_a_perceiver_reads_every_input_and_only_its_own_segment() -> None:
     [
         ({"flow": replace(FLOW, block_tokens=4)}, "ldlm.flow.block_tokens must be 0"),
         ({"flow": replace(FLOW, objective="token_cross_entropy")}, "token_cross_entropy needs output: tokens"),
+        ({"flow": replace(FLOW, target_encoding="with_context")}, "ldlm.flow.target_encoding"),
+        ({"flow": replace(FLOW, token_weight=1.0)}, "token_weight needs a frozen TextVAE"),
     ],
 )
 def test_what_does_not_fit_is_refused(options: dict[str, Any], told: str) -> None:
@@ -327,9 +351,11 @@ def rank_of(latents: Tensor) -> float:
 
 def test_collapse_is_told() -> None:
     recipe = make_recipe()
-    assert not recipe.warnings({"active_units": 6.0, "latent_rank": 3.5})
-    assert "the latents collapse: 2 of 6 channels" in recipe.warnings({"active_units": 2.0, "latent_rank": 3.5})[0]
-    assert "in 1.2 directions" in recipe.warnings({"active_units": 6.0, "latent_rank": 1.2})[0]
+    healthy = {"active_units": 6.0, "latent_rank": 3.5, "latent_variance": 0.4}
+    assert not recipe.warnings(healthy)
+    assert "the latents collapse: 2 of 6 channels" in recipe.warnings(healthy | {"active_units": 2.0})[0]
+    assert "in 1.2 directions" in recipe.warnings(healthy | {"latent_rank": 1.2})[0]
+    assert "by a variance of 0.12 of 1" in recipe.warnings(healthy | {"latent_variance": 0.12})[0]
 
 
 def test_a_short_text_is_read_in_a_row_longer_than_the_models_positions() -> None:
@@ -364,6 +390,8 @@ def test_states_that_do_not_fit_are_refused(changes: dict[str, Any], told: str, 
     (states / "manifest.json").write_text(json.dumps(manifest | {"causal": True}))
     config = replace(CONFIG, language_model=str(model))
     check_states(str(states), config)
+    with pytest.raises(ConfigError, match="infill_probability with extracted states"):
+        check_states(str(states), replace(config, flow=replace(FLOW, infill_probability=0.5)))
     (states / "manifest.json").write_text(json.dumps(manifest | {"causal": True} | changes))
     with pytest.raises(ConfigError, match=told):
         check_states(str(states), config)
