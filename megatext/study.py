@@ -2,7 +2,8 @@
 user would type.
 
 A study's file names a corpus, a task, and runs; a run is a launcher, a configuration, and what it sets otherwise. A
-value may name another run's model, `{lm}`: that run is trained first. Whatever finished is not run again.
+value may name another run's model, `{lm}`: that run is trained first. What several studies share stands in a file that
+they extend (`extends: FILE`). Whatever finished is not run again.
 """
 
 import json
@@ -76,14 +77,18 @@ class Study:
     ) -> None:
         """`corpus` and `judge` replace the file's; `only` these runs, and those that they stand on; `jobs` run at a
         time, and share the machine's cores."""
-        config = from_dict(StudyConfig, read_yaml(file), where=str(file))
+        content = read_yaml(file)
+        if "extends" in content:
+            content = _extended(read_yaml(Path(content.pop("extends"))), content)
+        config = from_dict(StudyConfig, content, where=str(file))
         self.config = replace(config, corpus=corpus or config.corpus, judge=judge or config.judge)
         self.work_dir, self.file, self.jobs = Path(config.work_dir), file, jobs
         self.table = self.work_dir / "table"
         self.runs = {name: self._whole(name) for name in config.runs}
         for name in only:
             self._known(name, "--only")
-        self.chosen = [name for name in self.runs if not only or name in only]
+        # what is not in the table is trained where something stands on it
+        self.chosen = [name for name, run in self.runs.items() if (name in only if only else run.sampling)]
         self.stages: list[Stage] = []
         self.files: dict[Path, str] = {}
         self._build()
@@ -242,6 +247,11 @@ class Study:
         self.stages.append(
             Stage(name, words, tuple(reads), facts, tuple(writes), all_needs, continues, environment, 60.0)
         )
+
+
+def _extended(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A study's content on that of a file which several share: runs come after its own, other keys instead of them."""
+    return {**common, **own, "runs": {**common.get("runs", {}), **own.get("runs", {})}}
 
 
 def named_in(settings: dict[str, Any]) -> set[str]:

@@ -83,6 +83,16 @@ def test_rows_are_seeds_of_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert order == [f"pretrain_{name}" for name in ("lm-0", "vae-3", "dit-0", "other-1", "lm-1", "dit-1")]
 
 
+def test_a_study_may_extend_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "common.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
+    runs = {"more": {"like": "dit", "seeds": [0]}}
+    own = {"extends": str(tmp_path / "common.yaml"), "work_dir": "runs/y", "runs": runs}
+    names = [stage.name for stage in study(tmp_path, monkeypatch, own, only=["more"]).stages]
+    assert "pretrain_more-0" in names and "pretrain_vae-3" in names and "pretrain_dit-0" not in names
+    whole = study(tmp_path, monkeypatch, own)
+    assert list(whole.runs) == [*STUDY["runs"], "more"] and whole.work_dir == Path("runs/y")
+
+
 def test_only_some_runs_and_what_they_stand_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     some = study(tmp_path, monkeypatch, only=["other"], judge="judge_dir", jobs=2)
     names = [stage.name for stage in some.stages]

@@ -1,6 +1,7 @@
 """Every launcher on two ranks with every file of ds_configs/, against one process; export; what --dry_run says."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -177,6 +178,28 @@ def test_an_export_computes_what_training_did(name: str, alone: tuple[Path, dict
             inputs = {**inputs["shot"].inputs(inputs["tokens"], latents), "self_condition": condition}
         pairs = [(loaded.module(**inputs).loss_sums["flow"], theirs)]
     assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
+
+
+def test_ldlm_on_extracted_states_takes_the_steps_of_the_online_model(
+    alone: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """The same losses, to the rounding of the stored states; what was not extracted is as if it were not there."""
+    from data_tools.extract_hidden_states import main as extract
+
+    directory, base = alone
+    model, shards = str(directory / "model_lm"), base["data"]["shards"]
+    options = ["--shards", shards, "--model", model, "--layer", "-3", "--max-tokens", "32"]
+    for name, more in (("states", []), ("some", ["--limit-tokens", "2000"])):
+        extract([*options, "--output", str(tmp_path / name), *more])
+    runs: dict[str, list[float]] = {}
+    for name in ("online", "states", "some"):
+        given = [] if name == "online" else [f"--data.hidden_states={tmp_path / name}"]
+        steps = ["--config", str(directory / "ldlm.yaml"), f"--run_dir={tmp_path / f'run_{name}'}", "--max_steps=3"]
+        launch("PretrainLDLMConfig", [*steps, "--training.micro_batch_rows=8", *given])
+        runs[name] = [record["loss"] for record in records(tmp_path / f"run_{name}") if "loss" in record]
+    assert len(runs["online"]) == 3 and runs["states"] == pytest.approx(runs["online"], rel=0.01)
+    assert runs["some"] != pytest.approx(runs["online"], rel=1e-3)
+    assert all(math.isfinite(loss) for loss in runs["some"])
 
 
 def test_a_vae_without_statistics_is_not_exported(alone: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
