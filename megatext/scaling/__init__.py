@@ -1,0 +1,1 @@
+"""Families of runs: what their losses say of the ones to train next."""
