@@ -69,7 +69,7 @@ LDLM = {
         "path": "tan-3",
         "objective": "x0",
         "timesteps": {"distribution": "uniform"},
-        "adaptive_timesteps": {"bins": 4, "decay": 0.5, "refresh_steps": 2},
+        "adaptive_timesteps": {"bins": 4, "decay": 0.5, "refresh_steps": 3},
         "self_conditioning_probability": 0.5,
     },
     "encoder_warmup_steps": 4,
