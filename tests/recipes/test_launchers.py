@@ -183,7 +183,8 @@ def test_an_export_computes_what_training_did(name: str, alone: tuple[Path, dict
 def test_ldlm_on_extracted_states_takes_the_steps_of_the_online_model(
     alone: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    """The same losses, to the rounding of the stored states; what was not extracted is as if it were not there."""
+    """The same losses, but for rounding and for means and deviations of the whole split instead of the first rows';
+    what was not extracted is as if it were not there."""
     from data_tools.extract_hidden_states import main as extract
 
     directory, base = alone
@@ -197,7 +198,7 @@ def test_ldlm_on_extracted_states_takes_the_steps_of_the_online_model(
         steps = ["--config", str(directory / "ldlm.yaml"), f"--run_dir={tmp_path / f'run_{name}'}", "--max_steps=3"]
         launch("PretrainLDLMConfig", [*steps, "--training.micro_batch_rows=8", *given])
         runs[name] = [record["loss"] for record in records(tmp_path / f"run_{name}") if "loss" in record]
-    assert len(runs["online"]) == 3 and runs["states"] == pytest.approx(runs["online"], rel=0.01)
+    assert len(runs["online"]) == 3 and runs["states"] == pytest.approx(runs["online"], rel=0.03)
     assert runs["some"] != pytest.approx(runs["online"], rel=1e-3)
     assert all(math.isfinite(loss) for loss in runs["some"])
 
