@@ -25,6 +25,10 @@ import psutil
 
 from megatext.config import ConfigError
 
+AGAIN = "run the same command again: it continues at this stage"
+POLL_SECONDS = 0.1
+"""Between two looks at the processes that run."""
+
 
 class StageError(RuntimeError):
     """A stage that failed or was interrupted. The message is for the user."""
@@ -142,10 +146,6 @@ def run_stages(
             raise
         if failures:
             raise StageError("\nerror: ".join(failures), 1)
-
-
-AGAIN = "run the same command again: it continues at this stage"
-POLL_SECONDS = 0.1
 
 
 def _first_to_end(running: Sequence[_Running]) -> _Running:

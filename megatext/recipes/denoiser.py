@@ -253,14 +253,30 @@ class TextDiTTraining(nn.Module):
         if self.flow.consistency.weight > 0:
             assert earlier_timesteps is not None
             x0, earlier = self.x0(noisy, t, predicted), earlier_timesteps[timestep_index]
-            with torch.no_grad():
-                nearer = euler_step(self.path, noisy, x0.detach(), t, earlier)
-                fed_back = x0.detach() if self_condition else None
-                goal = self.x0(nearer, earlier, predict(nearer, earlier_timesteps, fed_back))
-                goal = torch.where((earlier > 0)[..., None], goal, latents)
+
+            def predict_earlier(z: Tensor) -> Tensor:
+                return predict(z, earlier_timesteps, x0.detach() if self_condition else None)
+
+            goal = self._consistency_goal(x0.detach(), noisy, latents, t, earlier, predict_earlier)
             off = objectives.squared_error(x0, goal)
             output.loss_sums["consistency"] = objectives.masked_sum(off, loss_mask)[0]
         return output
+
+    @torch.no_grad()
+    def _consistency_goal(
+        self,
+        x0: Tensor,
+        noisy: Tensor,
+        latents: Tensor,
+        t: Tensor,
+        earlier: Tensor,
+        predict: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """What is estimated for x0, float32 `[rows, columns, channels]`, an Euler step nearer to the data: from t to
+        `earlier`, both `[rows, columns]`; where that is 0 the data themselves."""
+        nearer = euler_step(self.path, noisy, x0, t, earlier)
+        goal = self.x0(nearer, earlier, predict(nearer))
+        return torch.where((earlier > 0)[..., None], goal, latents)
 
     def logits(self, predicted: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         """Token logits, with the likelihood of the noisy latent added where the recipe says so."""
