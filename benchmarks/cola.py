@@ -37,7 +37,7 @@ from megatext.nn.blocks import TrunkConfig
 from megatext.nn.dit import TextDiT, TextDiTConfig
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
 from megatext.recipes import cola_format, config_class
-from megatext.recipes.denoiser import FlowConfig
+from megatext.recipes.flow_config import FlowConfig
 from megatext.tokenizer import SentencePieceTokenizer
 from megatext.training.engine import Processes, start_processes
 

@@ -21,7 +21,8 @@ from megatext.generation.noise import Request
 from megatext.nn.blocks import TrunkConfig
 from megatext.nn.dit import TextDiTConfig
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
-from megatext.recipes.denoiser import FlowConfig, make_denoiser
+from megatext.recipes.denoiser import make_denoiser
+from megatext.recipes.flow_config import FlowConfig
 
 TOKENIZER: Any = SimpleNamespace(end_ids=(0,), eos_id=0, pad_id=1)
 """All that sampling asks of one when it is given ids."""

@@ -27,7 +27,6 @@ from megatext.nn.layout import Layout
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
 from megatext.recipes.base import Output, Pass, Prepared, Recipe
 from megatext.recipes.denoiser import (
-    FlowConfig,
     TextDiTTraining,
     best_without_input,
     feeds_back,
@@ -35,6 +34,7 @@ from megatext.recipes.denoiser import (
     stored_weights,
 )
 from megatext.recipes.draws import RowDraws
+from megatext.recipes.flow_config import FlowConfig
 from megatext.recipes.noisy_rows import TwoStreams, cut_segments, two_streams
 from megatext.recipes.pretrained import (
     is_text_vae,

@@ -22,7 +22,8 @@ from megatext.flow.timesteps import TimestepConfig
 from megatext.nn.blocks import TrunkConfig
 from megatext.nn.dit import TextDiT, TextDiTConfig
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
-from megatext.recipes.denoiser import FlowConfig, check_block_sizes
+from megatext.recipes.denoiser import check_block_sizes
+from megatext.recipes.flow_config import FlowConfig
 
 DIT, VAE, TOKENIZER = "cola_dit", "cola_vae", "tokenizer.json"
 

@@ -32,7 +32,6 @@ from megatext.nn.layout import PADDING, Layout
 from megatext.nn.perceiver import LatentAutoencoder, LatentAutoencoderConfig
 from megatext.recipes.base import Output, Pass, Prepared, Recipe
 from megatext.recipes.denoiser import (
-    FlowConfig,
     TextDiTTraining,
     best_without_input,
     feeds_back,
@@ -41,6 +40,7 @@ from megatext.recipes.denoiser import (
     stored_weights,
 )
 from megatext.recipes.draws import RowDraws
+from megatext.recipes.flow_config import FlowConfig
 from megatext.recipes.hidden_autoencoder import (
     HiddenAutoencoder,
     HiddenAutoencoderConfig,

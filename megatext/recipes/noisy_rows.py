@@ -15,8 +15,9 @@ from megatext.flow.timesteps import AdaptiveTimesteps, TimestepConfig
 from megatext.nn.attention import Mask, make_mask
 from megatext.nn.layout import CONTEXT, PADDING, TARGET, Layout
 from megatext.nn.text_vae import TextVAEConfig
-from megatext.recipes.denoiser import FlowConfig, History
+from megatext.recipes.denoiser import History
 from megatext.recipes.draws import RowDraws
+from megatext.recipes.flow_config import FlowConfig
 
 
 @dataclass

@@ -14,7 +14,7 @@ from megatext.config import ConfigError
 from megatext.flow.paths import Linear
 from megatext.generation import LikelihoodConfig, TextGenerator
 from megatext.generation.likelihood import log_likelihood
-from megatext.recipes.denoiser import FlowConfig
+from megatext.recipes.flow_config import FlowConfig
 from tests.generation.test_text_generator import PROMPTS, SYSTEMS, export
 
 TOKENS = (5, 9, 17)

@@ -13,7 +13,7 @@ from megatext.generation.sampling import SamplingConfig
 from megatext.generation.text_generator import TextGenerator
 from megatext.nn.attention import make_mask
 from megatext.nn.layout import CONTEXT, PADDING, TARGET, Layout
-from megatext.recipes.denoiser import FlowConfig
+from megatext.recipes.flow_config import FlowConfig
 from tests.generation.test_text_generator import LENGTHS, PROMPTS, SYSTEMS, export
 
 GENERATED = {

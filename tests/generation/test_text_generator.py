@@ -14,7 +14,8 @@ from megatext.generation.text_generator import TextGenerator
 from megatext.nn.blocks import TrunkConfig
 from megatext.nn.dit import TextDiTConfig
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
-from megatext.recipes.denoiser import FlowConfig, make_denoiser
+from megatext.recipes.denoiser import make_denoiser
+from megatext.recipes.flow_config import FlowConfig
 from megatext.recipes.pretrained import write_model
 from megatext.recipes.text_dit import TextDiTRecipeConfig
 from megatext.tokenizer import load_tokenizer

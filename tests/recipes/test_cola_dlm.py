@@ -15,8 +15,8 @@ from megatext.nn.blocks import TrunkConfig, initialise
 from megatext.nn.dit import TextDiTConfig
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
 from megatext.recipes.cola_dlm import ColaDLMRecipe, ColaDLMRecipeConfig, make_module
-from megatext.recipes.denoiser import FlowConfig
 from megatext.recipes.draws import RowDraws
+from megatext.recipes.flow_config import FlowConfig
 from megatext.recipes.text_vae import HiddenTokens
 from tests.recipes.rows import make_batch
 

@@ -18,8 +18,8 @@ from megatext.flow.paths import Linear, Path, TanD
 from megatext.flow.timesteps import TimestepConfig
 from megatext.nn.dit import TextDiTConfig
 from megatext.nn.layout import CONTEXT, TARGET
-from megatext.recipes.denoiser import ConsistencyConfig, FlowConfig
 from megatext.recipes.draws import RowDraws
+from megatext.recipes.flow_config import ConsistencyConfig, FlowConfig
 from megatext.recipes.noisy_rows import check_rows, cut_segments, one_shot, pad_with_ends
 from tests.recipes.rows import make_batch
 from tests.recipes.test_text_dit import BLOCKS, ONE_SHOT, TRUNK, make_recipe

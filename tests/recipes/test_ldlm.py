@@ -23,7 +23,8 @@ from megatext.nn.dit import TextDiTConfig
 from megatext.nn.layout import CONTEXT, PADDING, TARGET, Layout
 from megatext.nn.perceiver import LatentAutoencoderConfig, Perceiver
 from megatext.recipes.base import Output, Prepared
-from megatext.recipes.denoiser import FlowConfig, found_timesteps
+from megatext.recipes.denoiser import found_timesteps
+from megatext.recipes.flow_config import FlowConfig
 from megatext.recipes.hidden_autoencoder import states_of_rows
 from megatext.recipes.ldlm import (
     LDLMRecipe,

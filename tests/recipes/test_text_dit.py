@@ -11,7 +11,8 @@ from megatext.flow.timesteps import TimestepConfig
 from megatext.nn.blocks import TrunkConfig
 from megatext.nn.dit import TextDiTConfig
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
-from megatext.recipes.denoiser import FlowConfig, make_denoiser
+from megatext.recipes.denoiser import make_denoiser
+from megatext.recipes.flow_config import FlowConfig
 from megatext.recipes.text_dit import TextDiTRecipe, TextDiTRecipeConfig
 from tests.recipes.rows import make_batch
 
