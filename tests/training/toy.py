@@ -128,6 +128,7 @@ class ToyRecipe(Recipe):
     def export(self, state_dict: dict[str, Tensor], output: Path) -> None:
         self.module.load_state_dict(state_dict)
         torch.save(self.module.state_dict(), output / "weights.pt")
+        write_json(output / "config.json", {"width": self.config.width})
 
 
 def write_toy_shards(directory: Path) -> Path:
