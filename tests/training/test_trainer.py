@@ -18,6 +18,7 @@ from megatext.config import ConfigError, load_config
 from megatext.data import DataError
 from megatext.export import export
 from megatext.training import checkpoint
+from megatext.training.cost import total_flops
 from megatext.training.run_state import check_built_on
 from megatext.training.trainer import train
 from tests.processes import run_all
@@ -289,7 +290,6 @@ def test_other_models_than_those_trained_on_are_refused() -> None:
 
 def test_bf16_keeps_statistics_exact_and_exports(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(recipes._MODULES, "ToyConfig", "tests.training.toy")
-    monkeypatch.setattr(toy, "build", toy.ToyRecipe, raising=False)
     run = run_here(folder, "bf16", training__precision="bf16", max_steps=4)
     choices: dict[str, dict[str, Any]] = {"master": {"raw": True}, "ema_0.9": {}, "ema_0.5": {"ema": 0.5}}
     for key, choice in choices.items():
@@ -299,6 +299,8 @@ def test_bf16_keeps_statistics_exact_and_exports(folder: Path, monkeypatch: pyte
         assert exported.keys() == expected.keys() >= {"head.weight", "latent_mean"}
         assert all(torch.equal(exported[name], expected[name]) for name in expected)
         assert torch.equal(exported["latent_mean"], torch.full((3,), 0.1))
+        # 4 steps of 8 rows of 32 tokens: forward and twice as much backward
+        assert total_flops(tmp_path / key) == 3 * 2 * (2 * 2 * 24 * 72 + 24 * 61) * 32 * 8 * 4
     assert not torch.equal(exported["embed.weight"], exported["embed.weight"].bfloat16().float())  # fp32 masters
 
 

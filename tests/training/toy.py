@@ -19,7 +19,7 @@ from megatext import rng
 from megatext.config import ConfigError, cli_errors, load_config
 from megatext.data.packing import TokenBatch
 from megatext.data.shards import FORMAT_VERSION, ShardWriter, write_json
-from megatext.recipes.base import Output, Prepared, Recipe
+from megatext.recipes.base import Output, Pass, Prepared, Recipe
 from megatext.training.run_config import RunConfig
 from megatext.training.trainer import train
 from tests.processes import run_ranks
@@ -129,6 +129,21 @@ class ToyRecipe(Recipe):
         self.module.load_state_dict(state_dict)
         torch.save(self.module.state_dict(), output / "weights.pt")
         write_json(output / "config.json", {"width": self.config.width})
+
+
+def build(config: ToyConfig) -> ToyRecipe:
+    """This and the two below: what the registry asks of a recipe's module."""
+    return ToyRecipe(config)
+
+
+def make(config: ToyConfig, vocab_size: int) -> ToyModule:
+    return ToyModule(config.width)
+
+
+def passes(config: ToyConfig, module: ToyModule, vocab_size: int) -> list[Pass]:
+    tokens = torch.zeros(1, config.data.row_tokens, dtype=torch.long)
+    noise = torch.zeros(1, config.data.row_tokens, config.width)
+    return [Pass(lambda: module(tokens, tokens, tokens.float(), noise, False))]
 
 
 def write_toy_shards(directory: Path) -> Path:
