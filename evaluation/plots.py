@@ -12,7 +12,7 @@ from evaluation.files import read_log
 from evaluation.seeds import Point, points
 from evaluation.table import BY_KEY, number
 
-_COLORS = ("#2f6fab", "#c8553d", "#4d8b57", "#8a5aa8", "#c08a1e", "#3f8f94", "#a04668", "#6b7280")
+COLORS = ("#2f6fab", "#c8553d", "#4d8b57", "#8a5aa8", "#c08a1e", "#3f8f94", "#a04668", "#6b7280")
 _GREY = "#7b8794"
 _BARS = (
     "rouge1", "rouge2", "rougeL", "bertscore", "mauve", "generative_perplexity", "entropy", "repetition4", "self_bleu",
@@ -31,14 +31,14 @@ def metrics_plot(results: dict[str, Any]) -> bytes | None:
     if not keys:
         return None
     columns = min(3, len(keys))
-    figure, grid = _figure(-(-len(keys) // columns), columns, width=11, height=0.24 * len(systems) + 0.9)
+    figure, grid = new_figure(-(-len(keys) // columns), columns, width=11, height=0.24 * len(systems) + 0.9)
     for ax, key in zip(grid.flat, keys, strict=False):
         _bars(ax, systems, key)
     for ax in grid.flat[len(keys) :]:
         ax.set_visible(False)
     for ax in grid[:, 1:].flat:
         ax.set_yticklabels([])
-    return _png(figure)
+    return to_png(figure)
 
 
 def _bars(ax: Any, systems: Sequence[dict[str, Any]], key: str) -> None:
@@ -52,7 +52,7 @@ def _bars(ax: Any, systems: Sequence[dict[str, Any]], key: str) -> None:
         if value is None:
             continue
         found = system["metrics"].get(key, {})
-        ax.barh(place, min(value, limit), color="#b8c2cc" if is_sanity(system) else _COLORS[0], height=0.7)
+        ax.barh(place, min(value, limit), color="#b8c2cc" if is_sanity(system) else COLORS[0], height=0.7)
         interval = found.get("ci95") or (
             (value - 2 * found["spread"], value + 2 * found["spread"]) if found.get("spread") else None
         )
@@ -76,19 +76,19 @@ def lengths_plot(results: dict[str, Any], words: dict[str, list[int]]) -> bytes 
     if not names or human not in words:
         return None
     columns = min(4, len(names))
-    figure, grid = _figure(-(-len(names) // columns), columns, width=11, height=1.7)
+    figure, grid = new_figure(-(-len(names) // columns), columns, width=11, height=1.7)
     most = max(1, float(np.percentile([length for row in words.values() for length in row], 99.5)))
     bins = np.linspace(0, most, min(30, int(most) + 2))
     for ax, name in zip(grid.flat, names, strict=False):
         ax.hist(np.minimum(words[human], most), bins, color="#dfe4ea", label=human)
-        ax.hist(np.minimum(words[name], most), bins, histtype="step", color=_COLORS[0], lw=1.3, label=name)
+        ax.hist(np.minimum(words[name], most), bins, histtype="step", color=COLORS[0], lw=1.3, label=name)
         ax.set_title(name, fontsize=8)
         ax.tick_params(labelsize=7)
         ax.set_yticks([])
     for ax in grid.flat[len(names) :]:
         ax.set_visible(False)
     figure.supxlabel(f"words a continuation (filled: {human})", fontsize=8)
-    return _png(figure)
+    return to_png(figure)
 
 
 _PLANES = (
@@ -108,15 +108,15 @@ def quality_plot(results: dict[str, Any]) -> bytes | None:
     curves = {p.name: [p] for p in alone}
     for point in points(results["systems"]):
         curves.setdefault(point.group, []).append(point)
-    colors = dict(zip((n for n, c in curves.items() if not is_sanity(c[0].rows[0])), _COLORS * 9, strict=False))
-    figure, axes = _figure(1, len(planes), width=5.6 * len(planes), height=3.6)
+    colors = dict(zip((n for n, c in curves.items() if not is_sanity(c[0].rows[0])), COLORS * 9, strict=False))
+    figure, axes = new_figure(1, len(planes), width=5.6 * len(planes), height=3.6)
     for ax, plane in zip(axes.flat, planes, strict=True):
         _quality(ax, curves, colors, plane)
     # Beside the axes: most systems worth showing crowd near G = 0, where names would lie on each other.
     named = dict(pair for ax in axes.flat for pair in zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     axes[0, -1].legend(named.values(), named, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle("Quality against variety", fontsize=10)
-    return _png(figure)
+    return to_png(figure)
 
 
 def _quality(ax: Any, curves: dict[str, list[Point]], colors: dict[str, str], plane: tuple[str, str, str, str]) -> None:
@@ -155,7 +155,7 @@ def loss_plot(run: Path) -> bytes | None:
     if not series:
         return None
     figure, ax = _axes()
-    for (key, (steps, values)), color in zip(sorted(series.items()), _COLORS * 9, strict=False):
+    for (key, (steps, values)), color in zip(sorted(series.items()), COLORS * 9, strict=False):
         if len(values) > 40:
             ax.plot(steps, values, color=color, lw=0.8, alpha=0.3)
             ax.plot(steps, _smooth(values), color=color, lw=1.6, label=key)
@@ -164,7 +164,7 @@ def loss_plot(run: Path) -> bytes | None:
     ax.set(title=f"Training of {run.name}", xlabel="step", ylabel="loss")
     ax.legend(fontsize=8, frameon=False)
     ax.set_ylim(*_limits([value for _, values in series.values() for value in values]))
-    return _png(figure)
+    return to_png(figure)
 
 
 def timesteps_plot(run: Path) -> bytes | None:
@@ -183,10 +183,10 @@ def timesteps_plot(run: Path) -> bytes | None:
     if f"no_context_t{bins[0]}" in figures:
         without = [figures[f"no_context_t{i}"] for i in bins]
         ax.plot(centres, without, color="#9aa3ad", ls=":", label="own latent, no context")
-    ax.plot(centres, losses, color=_COLORS[0], marker="o", ms=4, label=f"{run.name}, {weights}")
+    ax.plot(centres, losses, color=COLORS[0], marker="o", ms=4, label=f"{run.name}, {weights}")
     ax.set(xlabel="timestep (1 is noise)", ylabel="loss", title="Loss by timestep", xlim=(0, 1), ylim=(0, None))
     ax.legend(fontsize=8, frameon=False)
-    return _png(figure)
+    return to_png(figure)
 
 
 def reconstruction_plot(runs: Sequence[Path]) -> bytes | None:
@@ -201,7 +201,7 @@ def reconstruction_plot(runs: Sequence[Path]) -> bytes | None:
     if not curves:
         return None
     figure, ax = _axes()
-    for (name, points), color in zip(curves.items(), _COLORS * 9, strict=False):
+    for (name, points), color in zip(curves.items(), COLORS * 9, strict=False):
         ax.plot(list(points), [100 * a for a in points.values()], marker="o", ms=4, color=color, label=name)
     ax.axhline(90, color="#9aa3ad", lw=0.8, ls=":")
     ax.set(
@@ -211,15 +211,15 @@ def reconstruction_plot(runs: Sequence[Path]) -> bytes | None:
         ylim=(0, 102),
     )
     ax.legend(fontsize=8, frameon=False)
-    return _png(figure)
+    return to_png(figure)
 
 
 def _axes() -> tuple[Any, Any]:
-    figure, grid = _figure(1, 1, width=5.6, height=3.6)
+    figure, grid = new_figure(1, 1, width=5.6, height=3.6)
     return figure, grid[0, 0]
 
 
-def _figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Any, Any]:
+def new_figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Any, Any]:
     """A figure `width` inches wide and its axes [rows, columns], each `height` inches high."""
     import matplotlib
 
@@ -234,7 +234,8 @@ def _figure(rows: int, columns: int, *, width: float, height: float) -> tuple[An
     return figure, grid
 
 
-def _png(figure: Any) -> bytes:
+def to_png(figure: Any) -> bytes:
+    """The figure as a file; it is closed."""
     from matplotlib import pyplot
 
     file = io.BytesIO()

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 from megatext.config import cli_errors  # noqa: E402
 from megatext.quickstart import RECIPES, Quickstart  # noqa: E402
-from megatext.stages import StageError, run_stages  # noqa: E402
+from megatext.stages import run_or_exit  # noqa: E402
 
 
 def main() -> None:
@@ -38,15 +38,7 @@ def main() -> None:
         if options.list:
             print("\n".join(stage.shell() for stage in quickstart.stages))
             return
-        import torch
-
-        if not torch.accelerator.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds it by itself, but with a warning a process
-        try:
-            run_stages(quickstart.stages, quickstart.work_dir)
-        except StageError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(error.status)
+        run_or_exit(quickstart.stages, quickstart.work_dir)
         from evaluation.scoring import load_results
         from evaluation.table import console_table
 

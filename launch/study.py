@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from megatext.config import cli_errors  # noqa: E402
-from megatext.stages import StageError, run_stages  # noqa: E402
+from megatext.stages import run_or_exit  # noqa: E402
 from megatext.study import Study  # noqa: E402
 
 
@@ -34,16 +34,8 @@ def main() -> None:
         if options.list:
             print("\n".join(stage.shell() for stage in study.stages))
             return
-        import torch
-
-        if not torch.accelerator.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds it by itself, but with a warning a process
         study.write_files()
-        try:
-            run_stages(study.stages, study.work_dir, jobs=study.jobs, keep_going=True)
-        except StageError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(error.status)
+        run_or_exit(study.stages, study.work_dir, jobs=study.jobs, keep_going=True)
         from evaluation.scoring import load_results
         from evaluation.table import console_table
 

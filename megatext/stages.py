@@ -148,6 +148,19 @@ def run_stages(
             raise StageError("\nerror: ".join(failures), 1)
 
 
+def run_or_exit(stages: Sequence[Stage], directory: Path, *, jobs: int = 1, keep_going: bool = False) -> None:
+    """`run_stages` for a program's main: what fails is told, and ends the program."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds it by itself, but with a warning a process
+    try:
+        run_stages(stages, directory, jobs=jobs, keep_going=keep_going)
+    except StageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.status)
+
+
 def _first_to_end(running: Sequence[_Running]) -> _Running:
     while True:
         for each in running:

@@ -4,6 +4,7 @@ bootstrap intervals (Chinchilla, arXiv 2203.15556, section 3; the fit as in its 
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from typing import TypeVar
 
@@ -149,12 +150,12 @@ def fit_parabola(points: Points) -> Parabola:
 
 
 def fit_parabolas(points: Points, budgets: Sequence[float], tolerance: float = 0.1) -> list[Parabola]:
-    """Of every budget: the runs whose FLOPs are within a share of it. One of fewer than three sizes is left out."""
+    """Of every budget: the runs whose FLOPs are within a share of it. A budget of fewer than three sizes, or whose
+    losses have no least, is left out."""
     found = []
     for budget in budgets:
-        near = np.abs(points.flops / budget - 1) <= tolerance
-        if len(np.unique(points.parameters[near])) >= 3:
-            found.append(fit_parabola(points.of(near)))
+        with suppress(ConfigError):
+            found.append(fit_parabola(points.of(np.abs(points.flops / budget - 1) <= tolerance)))
     return found
 
 

@@ -117,7 +117,6 @@ def describe(config: RunConfig, vocab_size: int, deepspeed_config: Path | None, 
     settings = deepspeed_json(config, deepspeed_config, world)
     chosen, training = settings["zero_optimization"].get("stage", 0), config.training
     module = meta_module(config, vocab_size)
-    groups = group_sizes(build_optimizer(module, config.optimizer, muon_dtype=torch.bfloat16))
     parameters = sum(p.numel() for p in module.parameters())
     flops, rows, row_tokens = row_flops(config, module, vocab_size), training.rows_per_step, config.data.row_tokens
     run = flops.total * rows * config.max_steps
@@ -143,17 +142,22 @@ def describe(config: RunConfig, vocab_size: int, deepspeed_config: Path | None, 
     worlds = sorted({world, 8, 64})
     lines.append("  processes   " + "".join(f"{n:>10}" for n in worlds))
     for stage in (1, 2, 3) if training.precision == "bf16" else (0, 1, 2, 3):
-        sizes = [
-            state_bytes(
-                groups,
-                stage=stage,
-                world=n,
-                precision=training.precision,
-                averages=len(training.ema_decays),
-                persistent=persistent_parameters(module, settings),
-            )
-            for n in worlds
-        ]
+        sizes = [rank_bytes(config, module, settings, n, stage) for n in worlds]
         mark = "  <- this run" if stage == chosen else ""
         lines.append(f"  ZeRO stage {stage}" + "".join(f"{size / 2**30:10.3f}" for size in sizes) + mark)
     return "\n".join(lines)
+
+
+def rank_bytes(
+    config: RunConfig, module: nn.Module, settings: dict[str, Any], world: int, stage: int | None = None
+) -> float:
+    """What weights, gradients, optimizer and averages take on a rank, at a ZeRO stage or at that of `settings`, which
+    deepspeed_json makes; `module` is a meta_module."""
+    return state_bytes(
+        group_sizes(build_optimizer(module, config.optimizer, muon_dtype=torch.bfloat16)),
+        stage=settings["zero_optimization"].get("stage", 0) if stage is None else stage,
+        world=world,
+        precision=config.training.precision,
+        averages=len(config.training.ema_decays),
+        persistent=persistent_parameters(module, settings),
+    )

@@ -31,6 +31,8 @@ class LoggingConfig:
     """Steps between two lines; their losses are the mean over the steps between."""
     wandb_project: str | None = None
     """Also log to this project of Weights & Biases; None does not."""
+    wandb_group: str | None = None
+    """The group there that the run belongs to."""
     wandb_mode: Literal["online", "offline"] | None = None
     """None: what $WANDB_MODE says; without it online where a key is configured, else offline."""
 
@@ -88,7 +90,7 @@ class Logger:
         self.path = run_dir / "metrics.jsonl"
         self._mirror: WandbMirror | None = None
         if is_main and config.wandb_project:
-            self._mirror = WandbMirror(run_dir, config.wandb_project, config.wandb_mode, resolved, self.say)
+            self._mirror = WandbMirror(run_dir, config, resolved, self.say)
 
     def rewind(self, step: int) -> None:
         """Forget records after `step`: a resumed run logs those steps again."""

@@ -7,7 +7,10 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatext.training.metrics import LoggingConfig
 
 QUEUED_RECORDS = 10_000
 """Records that wait for wandb; further ones are dropped from the mirror."""
@@ -19,9 +22,9 @@ class WandbMirror:
     """One run there for one run directory here, however often it is resumed. Rank 0 only."""
 
     def __init__(
-        self, run_dir: Path, project: str, mode: str | None, resolved: dict[str, Any], say: Callable[[str], None]
+        self, run_dir: Path, config: "LoggingConfig", resolved: dict[str, Any], say: Callable[[str], None]
     ) -> None:
-        self._settings = (run_dir, project, mode, resolved)
+        self._settings = (run_dir, config, resolved)
         self._say = say
         self._records: queue.Queue[tuple[int, dict[str, Any]] | None] = queue.Queue(QUEUED_RECORDS)
         self._thread: threading.Thread | None = None
@@ -64,7 +67,7 @@ class WandbMirror:
             self._say(f"wandb failed ({error}): logging to metrics.jsonl only")
 
 
-def _start(run_dir: Path, project: str, mode: str | None, resolved: dict[str, Any]) -> Any:
+def _start(run_dir: Path, config: "LoggingConfig", resolved: dict[str, Any]) -> Any:
     import wandb
 
     has_key = bool(os.environ.get("WANDB_API_KEY")) or "api.wandb.ai" in _read_text(Path.home() / ".netrc")
@@ -72,11 +75,12 @@ def _start(run_dir: Path, project: str, mode: str | None, resolved: dict[str, An
     if not id_file.exists():
         id_file.write_text(os.urandom(4).hex(), encoding="utf-8")
     return wandb.init(
-        project=project,
+        project=config.wandb_project,
+        group=config.wandb_group,
         name=run_dir.name,
         id=id_file.read_text(encoding="utf-8"),
         resume="allow",
-        mode=mode or os.environ.get("WANDB_MODE") or ("online" if has_key else "offline"),  # type: ignore[arg-type]
+        mode=config.wandb_mode or os.environ.get("WANDB_MODE") or ("online" if has_key else "offline"),  # type: ignore[arg-type]
         dir=str(run_dir),
         config=resolved,
         settings=wandb.Settings(silent=True, console="off"),

@@ -1,0 +1,205 @@
+"""Plots of a family of runs as PNG, and one HTML page of them."""
+
+import base64
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evaluation.plots import COLORS, new_figure, to_png
+from megatext.scaling.collect import Measured
+from megatext.scaling.fit import Law
+from megatext.scaling.plan import aligned, short
+from megatext.scaling.summary import BUDGET_TOLERANCE, law_of, points_of, table
+
+PANEL = {"width": 5.2, "height": 3.5}
+METRICS = {
+    "gap": "judge gap G",
+    "mauve": "MAUVE",
+    "entropy": "unigram entropy, nats",
+    "bits_per_character": "bits a character",
+}
+EXA = 1e18
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ margin: 0 auto; max-width: 1240px; padding: 24px 20px; color: #1f2933; font: 15px/1.5 system-ui, sans-serif; }}
+h2 {{ font-size: 18px; margin: 32px 0 8px; }} img {{ max-width: 100%; }} pre {{ overflow-x: auto; font-size: 13px; }}
+</style></head><body><h1>{title}</h1>
+{sections}
+</body></html>
+"""
+
+
+def draw(measured: Sequence[Measured], summary: dict[str, Any]) -> dict[str, bytes]:
+    """Every plot that there are points for, by name."""
+    plots = {"loss": _loss_plot(measured, summary), "iso_flop": _iso_flop_plot(measured, summary)}
+    if any(law_of(found) for found in summary["systems"].values()):
+        plots["residuals"] = _residuals_plot(measured, summary)
+    if metrics := [key for key in METRICS if any(_metric(point, key) is not None for point in measured)]:
+        plots["metrics"] = _metrics_plot(measured, metrics)
+    return plots
+
+
+def write(measured: Sequence[Measured], summary: dict[str, Any], work_dir: Path) -> Path:
+    """plots/*.png and report.html; the path of the latter."""
+    drawn = draw(measured, summary)
+    (work_dir / "plots").mkdir(parents=True, exist_ok=True)
+    for name, png in drawn.items():
+        (work_dir / "plots" / f"{name}.png").write_bytes(png)
+    images = {name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in drawn.items()}
+    sections = [f'<h2>{TITLES[name]}</h2><img alt="{TITLES[name]}" src="{image}">' for name, image in images.items()]
+    sections += [f"<h2>Fits</h2><pre>{html.escape(table(summary))}</pre>"]
+    sections += [f"<h2>Runs</h2><pre>{html.escape(_runs_table(measured))}</pre>"]
+    page = PAGE.format(title=html.escape(f"Scaling: {work_dir.name}"), sections="\n".join(sections))
+    path = work_dir / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+TITLES = {
+    "loss": "Loss against compute",
+    "iso_flop": "Iso-FLOP curves",
+    "residuals": "What the law leaves over",
+    "metrics": "Metrics of the evaluation against compute",
+}
+
+
+def _systems(measured: Sequence[Measured]) -> list[str]:
+    return list(dict.fromkeys(point.system for point in measured))
+
+
+def _panels(count: int) -> tuple[Any, Any]:
+    columns = min(3, count)
+    return new_figure(-(-count // columns), columns, width=PANEL["width"] * columns, height=PANEL["height"])
+
+
+def _loss_plot(measured: Sequence[Measured], summary: dict[str, Any]) -> bytes:
+    """A panel a system, whose losses are of different kinds: a curve a run, one colour a width, and the frontier of the
+    law."""
+    systems = _systems(measured)
+    figure, grid = _panels(len(systems))
+    for ax, system in zip(grid.flat, systems, strict=False):
+        of_system = [point for point in measured if point.system == system]
+        widths = sorted({point.width for point in of_system})
+        for run in dict.fromkeys(point.run for point in of_system):
+            curve = [point for point in of_system if point.run == run]
+            color = COLORS[widths.index(curve[0].width) % len(COLORS)]
+            ax.plot([p.flops for p in curve], [p.loss for p in curve], color=color, lw=0.8, alpha=0.5)
+            ends = [p for p in curve if p.final]
+            label = f"width {curve[0].width}, {short(curve[0].parameters)}"
+            known = label in ax.get_legend_handles_labels()[1]
+            ax.plot(
+                [p.flops for p in ends], [p.loss for p in ends], "o", ms=5, color=color, label=None if known else label
+            )
+        if (law := law_of(summary["systems"].get(system, {}))) and (
+            points := points_of(measured, system, summary["parameters"])
+        ):
+            flops = np.geomspace(points.flops.min(), points.flops.max(), 50)
+            ax.plot(flops, _frontier(law, points, flops), "--", color="#1f2933", lw=1.2, label="law's best size")
+        ax.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="validation loss", title=system)
+        ax.legend(fontsize=7, frameon=False)
+    return _finished(figure, grid, len(systems))
+
+
+def _frontier(law: Law, points: Any, flops: np.ndarray) -> list[float]:
+    """The law's least loss of each budget; FLOPs for each parameter and token are what they are in the runs."""
+    each = float(np.median(points.flops / (points.parameters * points.tokens)))
+    return [float(law.loss(*(np.array(x) for x in law.optimum(budget, each)))) for budget in flops]
+
+
+def _iso_flop_plot(measured: Sequence[Measured], summary: dict[str, Any]) -> bytes:
+    systems = [name for name in _systems(measured) if name in summary["systems"]]
+    figure, grid = _panels(len(systems))
+    for ax, system in zip(grid.flat, systems, strict=False):
+        points = points_of(measured, system, summary["parameters"])
+        least = summary["systems"][system].get("parabolas", {}).get("least", [])
+        budgets = sorted({point.budget_flops for point in measured if point.system == system})
+        for color, budget in zip(COLORS * 9, budgets, strict=False):
+            of_budget = points.of(np.abs(points.flops / budget - 1) <= BUDGET_TOLERANCE)
+            order = np.argsort(of_budget.parameters)
+            sizes, losses = of_budget.parameters[order], of_budget.loss[order]
+            found = [each for each in least if abs(each["flops"] / budget - 1) <= BUDGET_TOLERANCE]
+            ax.plot(sizes, losses, "o" if found else "o-", ms=5, lw=0.8, color=color, label=f"{budget:.1e} FLOPs")
+            for each in found:
+                across = np.linspace(np.log(sizes.min()), np.log(sizes.max()), 60)
+                ax.plot(
+                    np.exp(across), np.polyval(np.polyfit(np.log(sizes), losses, 2), across), "--", lw=0.9, color=color
+                )
+                if each["inside"]:
+                    ax.plot(each["parameters"], each["loss"], "*", ms=11, color=color)
+        name = "parameters" if summary["parameters"] == "all" else "parameters without embeddings"
+        ax.set(xscale="log", xlabel=f"{name} (star: least of the parabola)", ylabel="validation loss", title=system)
+        ax.legend(fontsize=7, frameon=False)
+    return _finished(figure, grid, len(systems))
+
+
+def _residuals_plot(measured: Sequence[Measured], summary: dict[str, Any]) -> bytes:
+    """How far the law is from every run, and from the budget that was held out of it."""
+    figure, grid = _panels(2)
+    for color, (system, found) in zip(COLORS * 9, summary["systems"].items(), strict=False):
+        if "law" in found:
+            flops = points_of(measured, system, summary["parameters"]).flops
+            grid[0, 0].plot(flops, 100 * np.array(found["law"]["residuals"]), "o", ms=5, color=color, label=system)
+        if held := found.get("held_out"):
+            errors = 100 * (np.array(held["predicted"]) / np.array(held["measured"]) - 1)
+            grid[0, 1].plot(held["measured"], errors, "o", ms=5, color=color, label=system)
+    for ax in grid.flat:
+        ax.axhline(0, color="#9aa3ad", lw=0.8)
+        ax.legend(fontsize=7, frameon=False)
+    grid[0, 0].set(xscale="log", xlabel="training FLOPs", ylabel="law over loss, %", title="every run, in the fit")
+    grid[0, 1].set(xlabel="loss", ylabel="prediction over loss, %", title="largest budget, not in the fit")
+    return to_png(figure)
+
+
+def _metric(point: Measured, key: str) -> float | None:
+    """Of the first way of sampling that has it."""
+    return next((values[key] for values in point.metrics.values() if key in values), None)
+
+
+def _metrics_plot(measured: Sequence[Measured], keys: Sequence[str]) -> bytes:
+    """A point a run, and a line through each budget's run of the least loss; FLOPs with those of the models that a run
+    stands on, where they are known."""
+    figure, grid = _panels(len(keys))
+    for ax, key in zip(grid.flat, keys, strict=False):
+        for color, system in zip(COLORS * 9, _systems(measured), strict=False):
+            scored = [p for p in measured if p.system == system and _metric(p, key) is not None]
+            best = [
+                min((p for p in scored if p.budget_flops == b), key=lambda p: p.loss)
+                for b in sorted({p.budget_flops for p in scored})
+            ]
+            for points, look in ((scored, "o"), (best, "-")):
+                across = [(p.total_flops or p.flops) / EXA for p in points]
+                ax.plot(
+                    across,
+                    [_metric(p, key) for p in points],
+                    look,
+                    ms=4,
+                    lw=1.2,
+                    color=color,
+                    label=system if look == "-" else None,
+                )
+        ax.set(xscale="log", xlabel="EFLOPs", ylabel=METRICS[key])
+        ax.legend(fontsize=7, frameon=False)
+    return _finished(figure, grid, len(keys))
+
+
+def _finished(figure: Any, grid: Any, used: int) -> bytes:
+    for ax in list(grid.flat)[used:]:
+        ax.set_visible(False)
+    return to_png(figure)
+
+
+def _runs_table(measured: Sequence[Measured]) -> str:
+    rows = [["run", "params", "tokens", "FLOPs", "loss", "hours", *METRICS]]
+    for point in measured:
+        if point.final:
+            values = [_metric(point, key) for key in METRICS]
+            rows.append([
+                point.run, short(point.parameters), short(point.tokens), f"{point.flops:.2e}", f"{point.loss:.4f}",
+                f"{point.seconds / 3600:.2f}", *("-" if value is None else f"{value:.3f}" for value in values),
+            ])  # fmt: skip
+    return aligned(rows)

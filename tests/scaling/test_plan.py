@@ -1,0 +1,159 @@
+"""Plans: sizes, rules, budgets and refusals, against arithmetic done here."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatext.config import ConfigError, load_config
+from megatext.recipes import config_class, meta_module
+from megatext.scaling.config import load_plan_config
+from megatext.scaling.plan import SYSTEMS, Plan, config_file, read_plan
+from megatext.training.estimate import row_flops
+from tests.command_lines import ROOT
+
+LM = {
+    "run_dir": "anywhere",
+    "max_steps": 99,
+    "save_every_steps": 5,
+    "data": {"shards": "nowhere", "row_tokens": 32, "max_tokens": 32},
+    "optimizer": {"learning_rate": 0.01, "warmup_steps": 7},
+    "training": {"rows_per_step": 4, "micro_batch_rows": 2, "ema_decays": [0.9]},
+    "model": {"layers": 1, "width": 32, "heads": 2},
+}
+
+
+def write_plan(folder: Path, shards: Path, **changes: Any) -> Path:
+    """A plan of the AR baseline in two sizes and budgets, but for the changes; None removes a key."""
+    (folder / "lm.yaml").write_text(json.dumps(LM))
+    content: dict[str, Any] = {
+        "work_dir": str(folder / "ladder"),
+        "systems": {"AR": {"launcher": "lm", "config": str(folder / "lm.yaml")}},
+        "ladder": [{"width": 32}, {"width": 64}],
+        "budgets": [{"flops": 1e9}, {"flops": 4e9}],
+        "set": {"data.shards": str(shards)},
+        "max_epochs": 1000.0,
+        **changes,
+    }
+    path = folder / "plan.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value is not None}))
+    return path
+
+
+def test_a_plan_is_every_size_of_every_budget(tmp_path: Path, shards: Path) -> None:
+    plan = Plan(write_plan(tmp_path, shards))
+    plan.write()
+    config, runs = read_plan(tmp_path / "plan.yaml")
+    assert runs == plan.runs and config == plan.config
+    assert [(run.width, run.layers, run.heads, run.budget_flops) for run in runs] == [
+        (32, 1, 2, 1e9), (32, 1, 2, 4e9), (64, 2, 4, 1e9), (64, 2, 4, 4e9),
+    ]  # fmt: skip
+    for run in runs:
+        written, _ = load_config(config_class("PretrainLMConfig"), ["--config", str(config_file(run))])
+        model = written.model  # type: ignore[attr-defined]
+        assert (model.layers, model.width, model.heads, written.max_steps) == (
+            run.layers,
+            run.width,
+            run.heads,
+            run.steps,
+        )
+        assert written.run_dir == run.run_dir and written.logging.wandb_group == "ladder"
+        assert written.optimizer.warmup_steps == round(0.1 * run.steps)
+        assert written.training.validation_every_steps == math.ceil(run.steps / 4)
+        module = meta_module(written, 300)
+        assert run.parameters == sum(p.numel() for p in module.parameters())
+        assert run.parameters - run.parameters_without_embeddings == 300 * run.width  # tied
+        assert run.flops_per_step == 4 * row_flops(written, module, 300).total
+        assert abs(run.flops - run.budget_flops) <= run.flops_per_step / 2
+        assert run.tokens == run.steps * 4 * 32
+        # fp32 masters, gradients, two moments and an average at least, and less than twice that
+        assert 5 * 4 * run.parameters <= run.memory_gib * 2**30 < 10 * 4 * run.parameters
+
+
+def test_rules_start_at_the_preset_and_the_least_budget(tmp_path: Path, shards: Path) -> None:
+    rules = {"optimizer.learning_rate": {"width": -0.5}, "training.rows_per_step": {"flops": 0.5}}
+    shares = {"optimizer.warmup_steps": 0.25, "save_every_steps": 0.5}
+    plan = Plan(write_plan(tmp_path, shards, rules=rules, step_shares=shares))
+    assert [run.learning_rate for run in plan.runs] == pytest.approx([0.01, 0.01, 0.01 / 2**0.5, 0.01 / 2**0.5])
+    assert [run.rows_per_step for run in plan.runs] == [4, 8, 4, 8]
+    for run, config in zip(plan.runs, plan.configs, strict=True):
+        assert config.optimizer.warmup_steps == round(0.25 * run.steps)
+        assert config.save_every_steps == round(0.5 * run.steps)
+
+
+@pytest.mark.parametrize(("exponent", "processes"), [(0.3, 1), (0.77, 2), (1.2, 3)])
+def test_batches_are_whole_micro_batches(tmp_path: Path, shards: Path, exponent: float, processes: int) -> None:
+    rules = {"training.rows_per_step": {"flops": exponent}}
+    device = {"processes": processes, "peak_tflops": 1.0, "mfu": 0.5}
+    plan = Plan(write_plan(tmp_path, shards, rules=rules, device=device, budgets=[{"flops": 2e9}, {"flops": 4e10}]))
+    for run in plan.runs:
+        assert run.rows_per_step % (2 * processes) == 0
+        exact = max(2 * processes, 4 * (run.budget_flops / 2e9) ** exponent)
+        assert abs(run.rows_per_step - exact) <= processes
+        assert run.device_hours == pytest.approx(run.flops / (1e12 * 0.5 * 3600))
+
+
+def test_tokens_a_parameter_instead_of_budgets(tmp_path: Path, shards: Path) -> None:
+    plan = Plan(write_plan(tmp_path, shards, budgets=None, tokens_per_parameter=[0.5, 2.0]))
+    ratios = [run.tokens / run.parameters for run in plan.runs]
+    assert ratios == pytest.approx([0.5, 2.0, 0.5, 2.0], rel=0.03)
+
+
+def test_a_budget_of_some_sizes_only(tmp_path: Path, shards: Path) -> None:
+    plan = Plan(write_plan(tmp_path, shards, budgets=[{"flops": 1e9}, {"flops": 4e9, "widths": [64]}]))
+    assert [(run.width, run.budget_flops) for run in plan.runs] == [(32, 1e9), (64, 1e9), (64, 4e9)]
+
+
+def test_the_identity_is_of_what_makes_a_difference(tmp_path: Path, shards: Path) -> None:
+    first = [run.name for run in Plan(write_plan(tmp_path, shards)).runs]
+    logged = {"data.shards": str(shards), "logging.log_every_steps": 3}
+    assert [run.name for run in Plan(write_plan(tmp_path, shards, set=logged)).runs] == first
+    seeded = {"data.shards": str(shards), "seed": 1}
+    assert not {run.name for run in Plan(write_plan(tmp_path, shards, set=seeded)).runs} & set(first)
+    assert len(set(first)) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_epochs": 0.01}, "more than max_epochs .0.01.: ar-32-1e09-.* take more data"),
+        ({"device": {"memory_gib": 1e-4}}, "more than device.memory_gib .0.0001.: ar-32-1e09"),
+        ({"budgets": None}, "either budgets or tokens_per_parameter"),
+        ({"tokens_per_parameter": [1.0]}, "either budgets or tokens_per_parameter"),
+        ({"ladder": [{"width": 32}, {"width": 32, "layers": 2}]}, "two sizes have one width"),
+        ({"budgets": [{"flops": 1e9, "widths": [48]}]}, "no size of the ladder has the width 48"),
+        ({"budgets": [{"flops": 1e6}]}, "1e.06 FLOPs are 0 steps of AR at 4 rows, fewer than validations"),
+        ({"rules": {"optimizer.name": {"width": 1.0}}}, "rules: optimizer.name is None in .*, not a number"),
+        ({"set": {"data.shards": "nowhere", "model.depth": 3}}, "systems.AR: unknown key 'model.depth'"),
+        ({"systems": {"AR": {"launcher": "gpt", "config": "x"}}}, "key 'systems.launcher' is 'gpt', which is not"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(tmp_path: Path, shards: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Plan(write_plan(tmp_path, shards, **changes)).refuse_what_does_not_fit()
+
+
+def test_a_plan_is_of_its_file(tmp_path: Path, shards: Path) -> None:
+    path = write_plan(tmp_path, shards)
+    with pytest.raises(ConfigError, match=r"plan.json: no such file; make it by: .* plan --config"):
+        read_plan(path)
+    Plan(path).write()
+    write_plan(tmp_path, shards, max_epochs=999.0)
+    with pytest.raises(ConfigError, match="is not what .*plan.json was made from"):
+        read_plan(path)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "launch/configs/scaling").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_plans_can_be_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config, _ = load_plan_config(file)
+    for system in config.systems.values():
+        settings = yaml.safe_load(Path(system.config).read_text())
+        section: Any = settings
+        for part in SYSTEMS[system.launcher][1].split("."):
+            section = section[part]
+        for size in config.ladder:
+            assert (size.width * section["heads"]) % section["width"] == 0, f"heads of {size} in {system.config}"
