@@ -83,7 +83,7 @@ def main() -> None:
         command.add_argument("--config", type=Path, required=True, metavar="FILE", help="of launch/configs/scaling")
     of["launch"].add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time; they share the machine")
     of["launch"].add_argument(
-        "--slurm", metavar="OPTIONS", help="submit an array instead, with these options of sbatch"
+        "--slurm", nargs=argparse.REMAINDER, metavar="OPTION", help="submit an array; what follows is sbatch's"
     )
     of["launch"].add_argument("--list", action="store_true", help="print the commands and stop")
     of["collect"].add_argument(

@@ -34,7 +34,7 @@ def problems(command: str) -> list[str]:
     """What is wrong with a command; [] when all it names exists. Words in capitals stand for a reader's own."""
     words = _without_assignments(shlex.split(command))
     words = [word.strip("[]") for word in words if word == "" or word.strip("[]") not in ("", "...", "|")]
-    for separator in ("|", "&&", ";", ">"):
+    for separator in ("|", "&&", ";", ">", "--slurm"):  # what follows is another program's
         if separator in words:
             words = words[: words.index(separator)]
     missing = [f"{word}: no such file" for word in words if word.startswith(OWN_FOLDERS) and not (ROOT / word).exists()]

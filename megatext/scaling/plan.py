@@ -78,7 +78,8 @@ class _Sized:
     parameters: int
     without_embeddings: int
     row_flops: float
-    tokens_per_epoch: int
+    tokens_per_epoch: float
+    """nan where there are no shards yet."""
     memory_gib: float
 
 
@@ -104,7 +105,14 @@ class Plan:
             self.configs.append(dataclasses.replace(config, run_dir=self.runs[-1].run_dir))
 
     def refuse_what_does_not_fit(self) -> None:
-        """Raises ConfigError, naming the runs that read the data too often or need too much memory."""
+        """Raises ConfigError, naming the runs that read the data too often or need too much memory, and where there are
+        no shards yet, so that all is told for a presumed vocabulary."""
+        if absent := {shards for config in self.configs for shards in self.absent(config)}:
+            names = " and ".join(sorted({f"{config.vocabulary[0]}'s" for config in self.configs}))
+            raise ConfigError(
+                f"{self.file}: {', '.join(sorted(absent))}: no such directory; the above is for {names} vocabulary, "
+                "and nothing was written: make the shards (python -m data_tools.shard), then plan again"
+            )
         limit, memory = self.config.max_epochs, self.config.device.memory_gib
         if over := [f"{run.name} ({run.epochs:.2g} epochs)" for run in self.runs if run.epochs > limit]:
             raise ConfigError(
@@ -118,6 +126,11 @@ class Plan:
                 f"{self.file}: more than device.memory_gib ({memory:g}): {', '.join(over)}; take more processes, or "
                 "ds_configs/zero3.json as device.deepspeed_config"
             )
+
+    @staticmethod
+    def absent(config: RunConfig) -> list[str]:
+        """The directories of shards that are not there."""
+        return [folder for folder in config.data.folders() if not Path(folder).is_dir()]
 
     def write(self) -> None:
         """plan.json, and a configuration for each run that its launcher can be given."""
@@ -165,16 +178,20 @@ class Plan:
         preset |= {"layers": layers, "width": size.width, "heads": heads}
         settings |= {"run_dir": "", "max_steps": 1}
         config = self._parsed(cls, settings, name)
-        stream = TokenStream(config.data.without_states(), seed=0, rows_per_step=1)
-        module = meta_module(config, stream.vocab_size)
-        counts = [(p.numel(), stream.vocab_size in p.shape) for p in module.parameters() if p.requires_grad]
+        vocab_size, tokens_per_epoch = config.vocabulary[1], math.nan
+        if not self.absent(config):
+            stream = TokenStream(config.data.without_states(), seed=0, rows_per_step=1)
+            vocab_size, tokens_per_epoch = stream.vocab_size, stream.tokens_per_epoch
+        module = meta_module(config, vocab_size)
+        shapes = {name: p.shape for name, p in meta_module(config, vocab_size + 1).named_parameters()}
+        counts = [(p.numel(), p.shape != shapes[name]) for name, p in module.named_parameters() if p.requires_grad]
         return _Sized(
             settings=settings,
             width_ratio=ratio,
             parameters=sum(n for n, _ in counts),
             without_embeddings=sum(n for n, embedding in counts if not embedding),
-            row_flops=row_flops(config, module, stream.vocab_size).total,
-            tokens_per_epoch=stream.tokens_per_epoch,
+            row_flops=row_flops(config, module, vocab_size).total,
+            tokens_per_epoch=tokens_per_epoch,
             memory_gib=self._memory_gib(config, module),
         )
 

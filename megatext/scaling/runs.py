@@ -57,7 +57,7 @@ def run_here(runs: Sequence[PlannedRun], config: PlanConfig, jobs: int) -> None:
     run_or_exit(to_do, Path(config.work_dir), jobs=jobs, keep_going=True)
 
 
-def submit(runs: Sequence[PlannedRun], config: PlanConfig, sbatch_options: str) -> str:
+def submit(runs: Sequence[PlannedRun], config: PlanConfig, sbatch_options: Sequence[str]) -> str:
     """Submit what is not finished as one array, a job a run; what sbatch answered. Raises ConfigError.
 
     Each job asks for more time until its run is finished. A plan that has jobs in the queue is not submitted again: two
@@ -74,7 +74,7 @@ def submit(runs: Sequence[PlannedRun], config: PlanConfig, sbatch_options: str) 
         return f"all {len(runs)} runs are finished"
     commands = Path(config.work_dir) / COMMANDS
     commands.write_text("".join(shlex.join(options(run, config)) + "\n" for run in runs))
-    array = ["--job-name", name, "--array", ",".join(map(str, waiting)), *shlex.split(sbatch_options)]
+    array = ["--job-name", name, "--array", ",".join(map(str, waiting)), *sbatch_options]
     return _slurm(["sbatch", *array, SCRIPT, str(commands)])
 
 

@@ -73,6 +73,11 @@ def test_a_plan_is_every_size_of_every_budget(tmp_path: Path, shards: Path) -> N
         assert 5 * 4 * run.parameters <= run.memory_gib * 2**30 < 10 * 4 * run.parameters
 
 
+def test_a_width_that_is_the_vocabulary_s_is_no_embedding(tmp_path: Path, shards: Path) -> None:
+    (run,) = Plan(write_plan(tmp_path, shards, ladder=[{"width": 300, "heads": 2}], budgets=[{"flops": 1e11}])).runs
+    assert run.parameters - run.parameters_without_embeddings == 300 * 300
+
+
 def test_rules_start_at_the_preset_and_the_least_budget(tmp_path: Path, shards: Path) -> None:
     rules = {"optimizer.learning_rate": {"width": -0.5}, "training.rows_per_step": {"flops": 0.5}}
     shares = {"optimizer.warmup_steps": 0.25, "save_every_steps": 0.5}
@@ -136,6 +141,14 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, shards: Path, changes: dic
         Plan(write_plan(tmp_path, shards, **changes)).refuse_what_does_not_fit()
 
 
+def test_a_plan_before_the_shards_is_told_and_not_written(tmp_path: Path) -> None:
+    plan = Plan(write_plan(tmp_path, Path("nowhere"), budgets=[{"flops": 1e12}]))
+    assert plan.runs[0].parameters - plan.runs[0].parameters_without_embeddings == 151_669 * 32
+    assert plan.table().count("\n") == 3
+    with pytest.raises(ConfigError, match="nowhere: no such directory; the above is for Qwen3's vocabulary"):
+        plan.refuse_what_does_not_fit()
+
+
 def test_a_plan_is_of_its_file(tmp_path: Path, shards: Path) -> None:
     path = write_plan(tmp_path, shards)
     with pytest.raises(ConfigError, match=r"plan.json: no such file; make it by: .* plan --config"):
@@ -156,4 +169,5 @@ def test_shipped_plans_can_be_read(file: Path, monkeypatch: pytest.MonkeyPatch) 
         for part in SYSTEMS[system.launcher][1].split("."):
             section = section[part]
         for size in config.ladder:
-            assert (size.width * section["heads"]) % section["width"] == 0, f"heads of {size} in {system.config}"
+            heads = size.heads or size.width * section["heads"] / section["width"]
+            assert size.width % heads == 0, f"heads of {size} in {system.config}"

@@ -90,7 +90,7 @@ def test_an_array_of_what_is_not_finished(tmp_path: Path, shards: Path, monkeypa
     (run_dir / "finished.json").write_text(json.dumps({"step": runs[1].steps}))
     slurm = fake_slurm(tmp_path / "bin")
     monkeypatch.setenv("PATH", f"{slurm}:{os.environ['PATH']}")
-    assert submit(runs, config, "--nodes 2 --time 1:00") == "Submitted batch job 7"
+    assert submit(runs, config, ["--nodes", "2", "--time", "1:00"]) == "Submitted batch job 7"
     asked = (slurm / "asked").read_text().split("\n")
     commands = tmp_path / "ladder" / "commands.txt"
     assert asked[:-1] == [
@@ -101,10 +101,10 @@ def test_an_array_of_what_is_not_finished(tmp_path: Path, shards: Path, monkeypa
     assert commands.read_text().splitlines()[2] == wanted
     (slurm / "squeue").write_text("#!/bin/sh\necho 7_0\necho 7_2\n")
     with pytest.raises(ConfigError, match="queued or running .7_0, 7_2.; wait for them, or scancel --name megatext-"):
-        submit(runs, config, "")
+        submit(runs, config, [])
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="cannot start squeue: .*; is this a SLURM machine"):
-        submit(runs, config, "")
+        submit(runs, config, [])
 
 
 def test_a_run_that_was_to_be_longer_is_not_finished(tmp_path: Path, shards: Path) -> None:
