@@ -33,12 +33,15 @@ def launch_runs(options: argparse.Namespace) -> None:
     if options.list:
         print("\n".join(stage.shell() for stage in stages(runs, config, options.jobs)))
         return
-    if options.slurm is not None:
-        print(submit(runs, config, options.slurm))
-    else:
-        run_here(runs, config, options.jobs)
-    systems = export_models(runs, config)
-    print(f"{sum(map(is_finished, runs))} of {len(runs)} runs are finished and exported; for the evaluation: {systems}")
+    try:
+        if options.slurm is not None:
+            print(submit(runs, config, options.slurm))
+        else:
+            run_here(runs, config, max(1, options.jobs))
+    finally:  # a run that failed keeps no other back
+        systems = export_models(runs, config)
+        finished = sum(map(is_finished, runs))
+        print(f"{finished} of {len(runs)} runs are finished and exported; for the evaluation: {systems}")
 
 
 def collect_points(options: argparse.Namespace) -> None:
@@ -91,6 +94,8 @@ def main() -> None:
     )
     of["collect"].add_argument("--results", type=Path, nargs="+", default=[], metavar="DIR", help="of the evaluation")
     options = parser.parse_args()
+    if options.config.is_file():
+        options.config = options.config.resolve()
     os.chdir(ROOT)  # the presets' paths start at the root of the repository
     with cli_errors():
         COMMANDS[options.command](options)

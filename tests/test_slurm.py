@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ def submit(folder: Path, job: int, *options: str) -> tuple[int, str, str]:
     done = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False, timeout=300
     )
-    return done.returncode, done.stdout + done.stderr, calls.read_text()
+    return done.returncode, done.stdout + done.stderr, calls.read_text() if calls.exists() else ""
 
 
 @pytest.mark.dist
@@ -93,3 +94,22 @@ def test_colas_stages_wait_for_each_other(tmp_path: Path) -> None:
     assert all("--time=1:00:00 --nodes 1 --ntasks 1 " in call and "--seed" not in call for call in calls[1::2])
     assert "--output runs/cola/models/vae_1gpu" in calls[1]
     assert "vae: runs/cola/models/vae_1gpu\n" in (REPOSITORY / "launch/configs/cola/dit_1gpu.yaml").read_text()
+
+
+@pytest.mark.dist
+def test_a_job_of_an_array_takes_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    toy.write_toy_config(folder)
+    lines = ["not this one", shlex.join(toy.command(folder, "run", max_steps=2))]
+    (folder / "commands.txt").write_text("".join(line + "\n" for line in lines))
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    status, output, _ = submit(tmp_path, os.getpid() % 20000, str(folder / "commands.txt"))
+    assert status == 0 and json.loads((folder / "run" / "finished.json").read_text())["step"] == 2, output
+
+
+def test_a_job_without_a_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "commands.txt").write_text("one\n")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    status, output, _ = submit(tmp_path, 1, str(tmp_path / "commands.txt"))
+    assert status == 1 and "commands.txt has no line 1, counted from 0" in output

@@ -1,21 +1,29 @@
 """What the planned runs measured: a point for every validation, from metrics.jsonl or from Weights & Biases."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from evaluation.files import atomic_write
 from megatext.config import ConfigError
+from megatext.recipes.pretrained import weights_hash
 from megatext.scaling.plan import PlannedRun
-from megatext.training.cost import total_flops
+from megatext.training.cost import read_cost
 from megatext.training.metrics import read_records
 
 POINTS = "points.json"
-METRICS = ("gap", "entropy", "mauve", "generative_perplexity", "distinct2", "self_bleu", "bits_per_character")
-"""Of the evaluation's results."""
+METRICS = {
+    "gap": "judge gap G",
+    "entropy": "unigram entropy, nats",
+    "mauve": "MAUVE",
+    "bits_per_character": "bits a character",
+}
+"""Of the evaluation's results, with their names in plots."""
 Records = Iterable[dict[str, Any]]
 
 
@@ -41,8 +49,8 @@ class Measured:
     """On the fixed validation rows."""
     seconds: float
     """Of training so far, on whatever it ran."""
-    total_flops: float | None = None
-    """With those of the models that it stands on; of finished runs that were exported."""
+    ancestor_flops: float | None = None
+    """Of the models that it stands on; of finished runs that were exported, where all of them tell theirs."""
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     """Way of sampling -> metrics of the evaluation; of final points."""
 
@@ -57,16 +65,17 @@ def from_wandb(project: str, group: str) -> Callable[[PlannedRun], list[dict[str
     try:
         import wandb
 
-        found = {run.name: run for run in wandb.Api().runs(project, filters={"group": group})}
+        runs = wandb.Api().runs(project, filters={"group": group})
+        found = {run.name: [_told(row) for row in run.scan_history()] for run in runs}
     except Exception as error:  # whatever it is, it is not about the plan
         raise ConfigError(f"wandb does not tell the runs of {project}, group {group}: {error}") from None
+    return lambda run: found.get(run.name, [])
 
-    def records(run: PlannedRun) -> list[dict[str, Any]]:
-        mirrored = found.get(run.name)
-        rows = [] if mirrored is None else mirrored.scan_history()
-        return [{"step": row["_step"], **{k: v for k, v in row.items() if v is not None}} for row in rows]
 
-    return records
+def _told(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of wandb as a record: every row has every key there, and what was not finite is a number or a word."""
+    finite = {k: v for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v)}
+    return {"step": row["_step"], **finite}
 
 
 def collect(
@@ -79,11 +88,14 @@ def collect(
     metrics = _metrics(results)
     found = []
     for run in runs:
-        points = _points(run, list(records_of(run)))
+        records = list(records_of(run))
+        points = _points(run, records)
+        if not points and any(record["step"] == run.steps for record in records):
+            known = sorted({key for record in records for key in record if "/" in key})
+            raise ConfigError(f"{run.name}: no record has {run.loss}, its system's loss; there are {', '.join(known)}")
         if points and points[-1].final:
-            total = total_flops(models / run.name) if models is not None else None
-            last = {**asdict(points[-1]), "total_flops": total, "metrics": metrics.get(run.name, {})}
-            points[-1] = Measured(**last)
+            ancestors = None if models is None else _ancestor_flops(models / run.name)
+            points[-1] = replace(points[-1], ancestor_flops=ancestors, metrics=metrics.get(run.name, {}))
         found += points
     return found
 
@@ -93,7 +105,8 @@ def _points(run: PlannedRun, records: list[dict[str, Any]]) -> list[Measured]:
     for record in records:
         logged.setdefault(record["step"], {}).update(record)
     steps = [step for step, merged in sorted(logged.items()) if "tokens" in merged]
-    tokens, seconds = ([logged[step].get(key, 0) for step in steps] for key in ("tokens", "elapsed_seconds"))
+    tokens = [logged[step]["tokens"] for step in steps]
+    seconds = _whole_time([logged[step].get("elapsed_seconds", 0.0) for step in steps])
     return [
         Measured(
             run=run.name,
@@ -115,6 +128,25 @@ def _points(run: PlannedRun, records: list[dict[str, Any]]) -> list[Measured]:
     ]
 
 
+def _whole_time(elapsed: list[float]) -> list[float]:
+    """Seconds over all processes that a run took: each counts its own from 0."""
+    before, previous, whole = 0.0, 0.0, []
+    for seconds in elapsed:
+        if seconds < previous:
+            before += previous
+        whole.append(before + seconds)
+        previous = seconds
+    return whole
+
+
+def _ancestor_flops(model: Path) -> float | None:
+    cost = read_cost(model)
+    if cost is None or cost["unknown"]:
+        return None
+    own = weights_hash(model)
+    return float(sum(flops for name, flops in cost["flops"].items() if name != own))
+
+
 def _metrics(results: Sequence[Path]) -> dict[str, dict[str, dict[str, float]]]:
     """Run -> way of sampling -> metrics, of rows whose group is the run."""
     from evaluation.scoring import load_results
@@ -131,7 +163,7 @@ def _metrics(results: Sequence[Path]) -> dict[str, dict[str, dict[str, float]]]:
 def write_points(points: Sequence[Measured], work_dir: Path) -> Path:
     """points.json"""
     path = work_dir / POINTS
-    path.write_text("[\n" + ",\n".join(json.dumps(asdict(point)) for point in points) + "\n]\n")
+    atomic_write(path, "[\n" + ",\n".join(json.dumps(asdict(point)) for point in points) + "\n]\n")
     return path
 
 

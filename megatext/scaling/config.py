@@ -25,14 +25,14 @@ class Budget:
     """Training FLOPs that several sizes are given."""
 
     flops: float
-    """Of a run, frozen networks included; a run gets the whole number of steps that is nearest."""
+    """Of a run, frozen networks included, recomputation not; a run gets the whole number of steps that is nearest."""
     widths: tuple[int, ...] = ()
     """The sizes of the ladder that get it; empty: all."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How a number of a preset changes: times (width / the preset's width)^width (FLOPs / the plan's least)^flops."""
+    """How a number changes: times (width / the preset's width)^width (FLOPs / the plan's reference_flops)^flops."""
 
     width: float = 0.0
     """Exponent of the width's ratio."""
@@ -66,6 +66,8 @@ class Device:
 
     processes: int = 1
     """Ranks of every run."""
+    processes_per_node: int = 8
+    """In a SLURM job."""
     memory_gib: float | None = None
     """Of a rank: a plan whose weights, gradients, optimizer and averages need more is refused; null: is not looked at.
     Activations come on top."""
@@ -98,6 +100,8 @@ class PlanConfig:
     rules: dict[str, Rule] = field(default_factory=dict)
     """Keys whose number grows or falls with the width or the budget. `training.rows_per_step` is rounded to whole
     micro-batches, other whole numbers to the nearest."""
+    reference_flops: float | None = None
+    """The budget whose runs have the preset's numbers, where a rule follows the budget."""
     step_shares: dict[str, float] = field(default_factory=lambda: {"optimizer.warmup_steps": 0.1})
     """Keys that are this share of a run's steps."""
     validations: int = 4
@@ -117,8 +121,14 @@ class PlanConfig:
             raise ConfigError("ladder: two sizes have one width, which names them")
         if unknown := {width for budget in self.budgets for width in budget.widths} - set(widths):
             raise ConfigError(f"budgets: no size of the ladder has the width {', '.join(map(str, sorted(unknown)))}")
-        if self.validations < 1 or self.device.processes < 1 or not all(b.flops > 0 for b in self.budgets):
+        flops = [budget.flops for budget in self.budgets]
+        if self.validations < 1 or self.device.processes < 1 or not all(each > 0 for each in flops):
             raise ConfigError("validations, device.processes and the budgets' FLOPs have to be positive")
+        if len(set(flops)) < len(flops):
+            raise ConfigError("budgets: two have the same FLOPs; one with the widths of both is meant")
+        rules = [self.rules, *(system.rules for system in self.systems.values())]
+        if self.reference_flops is None and any(rule.flops for each in rules for rule in each.values()):
+            raise ConfigError("rules that follow the budget need reference_flops, whose runs have the preset's numbers")
 
 
 def load_plan_config(file: Path) -> tuple[PlanConfig, dict[str, Any]]:

@@ -24,6 +24,10 @@ STARTS = {
     "beta": (0.2, 0.5, 1.0),
 }
 """The grid that minimisations start from."""
+LEAST_EXPONENT = 0.01
+"""With a smaller one the loss does not depend on the size, or on the tokens."""
+MAX_LOG = 60.0
+"""A constant whose logarithm is larger belongs to an exponent that the runs do not determine."""
 LEVELS = (2.5, 97.5)
 """Percentiles of an interval."""
 
@@ -36,12 +40,14 @@ class Points:
     tokens: np.ndarray
     flops: np.ndarray
     loss: np.ndarray
+    budget: np.ndarray
+    """FLOPs that were asked for: steps are whole, so runs of one budget differ a little in `flops`."""
 
     def __post_init__(self) -> None:
         columns = astuple(self)
         if len({len(column) for column in columns}) > 1 or not all((column > 0).all() for column in columns):
             raise ConfigError(
-                "scaling points: parameters, tokens, flops and losses have to be positive, one of each a run"
+                "scaling points: parameters, tokens, flops, losses and budgets have to be positive, one of each a run"
             )
 
     def __len__(self) -> int:
@@ -103,6 +109,10 @@ def fit_law(points: Points, starts: Sequence[np.ndarray] | None = None) -> Law:
     options = {"maxiter": 5000, "ftol": 1e-15, "gtol": 1e-10}
     done = [minimize(objective, found.x, jac=True, method="L-BFGS-B", options=options) for found in rough[:5]]
     log_a, log_b, log_e, alpha, beta = min(done, key=lambda found: found.fun).x
+    if min(alpha, beta) < LEAST_EXPONENT or max(log_a, log_b, log_e) > MAX_LOG:
+        raise ConfigError(
+            f"the runs do not determine a law: alpha {alpha:.3g}, beta {beta:.3g}; wider sizes and budgets would"
+        )
     return Law(math.exp(log_e), math.exp(log_a), math.exp(log_b), float(alpha), float(beta))
 
 
@@ -142,20 +152,23 @@ def fit_parabola(points: Points) -> Parabola:
             f"the losses at {points.flops.mean():.2g} FLOPs have no least: {points.loss.round(4).tolist()}"
         )
     best = -c1 / (2 * c2)
-    # tokens a parameter follow from the budget's own runs, as FLOPs are not just 6 N D
-    tokens = math.exp(np.interp(best, *_ascending(log_n, np.log(points.tokens))))
+    low, high = log_n.min(), log_n.max()
+    if not low - (high - low) <= best <= high + (high - low):
+        losses = points.loss.round(4).tolist()
+        raise ConfigError(f"the losses at {points.flops.mean():.2g} FLOPs have no least near their sizes: {losses}")
+    # at a budget tokens are a power of parameters, close to -1: FLOPs are not just 6 N D
+    tokens = math.exp(np.polyval(np.polyfit(log_n, np.log(points.tokens), 1), best))
     least = c0 + c1 * best + c2 * best**2
-    inside = bool(log_n.min() <= best <= log_n.max())
-    return Parabola(float(points.flops.mean()), math.exp(best), tokens, float(least), inside)
+    inside = bool(low <= best <= high)
+    return Parabola(float(points.budget.mean()), math.exp(best), tokens, float(least), inside)
 
 
-def fit_parabolas(points: Points, budgets: Sequence[float], tolerance: float = 0.1) -> list[Parabola]:
-    """Of every budget: the runs whose FLOPs are within a share of it. A budget of fewer than three sizes, or whose
-    losses have no least, is left out."""
+def fit_parabolas(points: Points) -> list[Parabola]:
+    """Of every budget. One of fewer than three sizes, or whose losses have no least near them, is left out."""
     found = []
-    for budget in budgets:
+    for budget in np.unique(points.budget):
         with suppress(ConfigError):
-            found.append(fit_parabola(points.of(np.abs(points.flops / budget - 1) <= tolerance)))
+            found.append(fit_parabola(points.of(points.budget == budget)))
     return found
 
 
@@ -163,11 +176,6 @@ def fit_power_law(flops: Sequence[float], values: Sequence[float]) -> PowerLaw:
     """Least squares of the logarithms."""
     exponent, intercept = np.polyfit(np.log(flops), np.log(values), 1)
     return PowerLaw(math.exp(intercept), float(exponent))
-
-
-def _ascending(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    order = np.argsort(x)
-    return x[order], y[order]
 
 
 T = TypeVar("T")
@@ -207,9 +215,9 @@ class HeldOut:
         return float(np.mean([abs(p - m) / m for p, m in pairs]))
 
 
-def hold_out(points: Points, budget: float, tolerance: float = 0.1) -> HeldOut:
+def hold_out(points: Points, budget: float) -> HeldOut:
     """Fit without the runs of a budget, predict them."""
-    out = np.abs(points.flops / budget - 1) <= tolerance
+    out = points.budget == budget
     law = fit_law(points.of(~out))
     predicted = law.loss(points.parameters[out], points.tokens[out])
     return HeldOut(budget, predicted.tolist(), points.loss[out].tolist())

@@ -6,18 +6,23 @@ import hashlib
 import json
 import math
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatext.config import ConfigError, from_dict, read_yaml, save_yaml, to_dict
+from omegaconf import OmegaConf
+
+from evaluation.files import atomic_write
+from megatext.config import ConfigError, from_dict, load_config, to_dict
+from megatext.data.shards import MANIFEST
 from megatext.data.stream import TokenStream
-from megatext.recipes import config_class, meta_module
+from megatext.recipes import config_class, meta_module, needed_by
+from megatext.recipes.pretrained import weights_hash
 from megatext.scaling.config import PlanConfig, Size, System, load_plan_config
 from megatext.training.deepspeed_json import deepspeed_json
-from megatext.training.estimate import rank_bytes, row_flops
+from megatext.training.engine import accumulation_steps
+from megatext.training.estimate import RowFlops, rank_bytes, row_flops
 from megatext.training.run_config import RunConfig
 
 if TYPE_CHECKING:
@@ -38,7 +43,8 @@ class PlannedRun:
     """One run and what it costs."""
 
     name: str
-    """system-width-FLOPs-identity; the identity is a hash of the configuration, but for where and how it is logged."""
+    """system-width-FLOPs-identity. The identity is a hash of the configuration, but for where the run is and how it is
+    logged, and of the content of the shards, states and models that it reads."""
     system: str
     launcher: str
     run_dir: str
@@ -53,15 +59,17 @@ class PlannedRun:
     parameters_without_embeddings: int
     """Without what has a row or a column for each entry of the vocabulary."""
     tokens: int
-    """Of all steps, padding included."""
+    """Without padding, if all steps have as much of it as the first."""
     epochs: float
-    """Of the data, if there were no padding: at most so many."""
+    """Of the source that is read most often; nan where there are no shards yet."""
     flops_per_step: float
+    """Forward and backward passes, frozen networks included, recomputation not."""
     budget_flops: float
     """What was asked for."""
     memory_gib: float
     """Weights, gradients, optimizer and averages of a rank."""
     device_hours: float | None
+    """At the plan's MFU, which is of what is trained."""
 
     @property
     def flops(self) -> float:
@@ -74,13 +82,15 @@ class _Sized:
     """A system in a size: what does not depend on the budget."""
 
     settings: dict[str, Any]
-    width_ratio: float
+    """The whole configuration, the rules not applied."""
+    preset_width: int
     parameters: int
     without_embeddings: int
-    row_flops: float
-    tokens_per_epoch: float
-    """nan where there are no shards yet."""
+    flops: RowFlops
+    tokens_per_row: float
     memory_gib: float
+    read: dict[str, str]
+    """The content of the shards, states and models that a run reads, hashed."""
 
 
 class Plan:
@@ -90,28 +100,28 @@ class Plan:
         """Raises ConfigError for a file that does not fit together, DataError for shards that cannot be read."""
         self.config, self.content = load_plan_config(file)
         self.file, self.work_dir = file, Path(self.config.work_dir)
-        sized = [
-            (name, size, self._sized(name, system, size))
-            for name, system in self.config.systems.items()
-            for size in self.config.ladder
-        ]
-        targets = [(*each, flops) for each in sized for flops in self._targets(each[1], each[2])]
-        least = min(flops for *_, flops in targets)
         self.runs: list[PlannedRun] = []
         self.configs: list[RunConfig] = []
-        for name, _, of_size, flops in targets:
-            config = self._configured(name, of_size, flops, flops / least)
-            self.runs.append(self._cost(name, of_size, config, flops))
-            self.configs.append(dataclasses.replace(config, run_dir=self.runs[-1].run_dir))
+        for name, system in self.config.systems.items():
+            for size in self.config.ladder:
+                sized = self._sized(name, system, size)
+                for flops in self._targets(size, sized):
+                    config = self._configured(name, sized, flops)
+                    self.runs.append(self._cost(name, sized, config, flops))
+                    self.configs.append(dataclasses.replace(config, run_dir=self.runs[-1].run_dir))
+        names = [run.name for run in self.runs]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"{file}: two runs are the same: {', '.join(twice)}")
 
     def refuse_what_does_not_fit(self) -> None:
-        """Raises ConfigError, naming the runs that read the data too often or need too much memory, and where there are
-        no shards yet, so that all is told for a presumed vocabulary."""
-        if absent := {shards for config in self.configs for shards in self.absent(config)}:
-            names = " and ".join(sorted({f"{config.vocabulary[0]}'s" for config in self.configs}))
+        """Raises ConfigError, naming the runs that read the data too often or need too much memory, or what they stand
+        on that is not there yet, so that its vocabulary or its latents are presumed."""
+        if absent := sorted({path for config in self.configs for path in absent_of(config)}):
+            presumed = sorted({f"{c.vocabulary[0]}'s vocabulary" for c in self.configs})
+            presumed += sorted({c.presumed_model for c in self.configs if c.presumed_model})
             raise ConfigError(
-                f"{self.file}: {', '.join(sorted(absent))}: no such directory; the above is for {names} vocabulary, "
-                "and nothing was written: make the shards (python -m data_tools.shard), then plan again"
+                f"{self.file}: {', '.join(absent)}: not there yet. The above presumes {', '.join(presumed)} in such "
+                "places, and nothing was written: make what is missing, then plan again"
             )
         limit, memory = self.config.max_epochs, self.config.device.memory_gib
         if over := [f"{run.name} ({run.epochs:.2g} epochs)" for run in self.runs if run.epochs > limit]:
@@ -127,22 +137,13 @@ class Plan:
                 "ds_configs/zero3.json as device.deepspeed_config"
             )
 
-    @staticmethod
-    def absent(config: RunConfig) -> list[str]:
-        """The directories of shards that are not there."""
-        return [folder for folder in config.data.folders() if not Path(folder).is_dir()]
-
     def write(self) -> None:
-        """plan.json, and a configuration for each run that its launcher can be given."""
-        configs = self.work_dir / "configs"
-        shutil.rmtree(configs, ignore_errors=True)
-        configs.mkdir(parents=True)
+        """A configuration for each run that its launcher can be given, and plan.json. Those of an earlier plan stay:
+        its runs may be under way."""
         for run, config in zip(self.runs, self.configs, strict=True):
-            save_yaml(config, config_file(run))
+            atomic_write(config_file(run), OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
         content = {"plan": self.content, "runs": [asdict(run) for run in self.runs]}
-        temporary = self.work_dir / f"{PLAN}.tmp"
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        temporary.replace(self.work_dir / PLAN)
+        atomic_write(self.work_dir / PLAN, json.dumps(content, indent=1) + "\n")
 
     def table(self) -> str:
         """A line a run, and the sum."""
@@ -151,48 +152,49 @@ class Plan:
             [
                 run.name, str(run.layers), str(run.width), str(run.heads), short(run.parameters),
                 short(run.parameters_without_embeddings), f"{run.learning_rate:.2g}", str(run.rows_per_step),
-                str(run.steps), short(run.tokens), f"{run.epochs:.2f}", f"{run.tokens / run.parameters:.1f}",
+                str(run.steps), short(run.tokens), f"{run.epochs:.2f}", f"{run.tokens / run.parameters:.3g}",
                 f"{run.flops:.2e}", f"{run.memory_gib:.2f}", _hours(run.device_hours),
             ]
             for run in self.runs
         ]  # fmt: skip
-        hours = [run.device_hours for run in self.runs]
-        total = sum(h for h in hours if h is not None) if None not in hours else None
-        told = (
-            f", {_hours(total)} device-hours at {self.config.device.mfu:.0%} of the peak" if total is not None else ""
-        )
+        hours = sum(run.device_hours or 0.0 for run in self.runs)
+        told = f", {_hours(hours)} device-hours at {self.config.device.mfu:.0%} of the peak" if hours else ""
         flops = sum(run.flops for run in self.runs)
         return f"{aligned([headings, *rows])}\n{len(rows)} runs, {flops:.2e} FLOPs{told}"
 
     def _sized(self, name: str, system: System, size: Size) -> _Sized:
         cls, section = SYSTEMS[system.launcher]
-        settings = read_yaml(Path(system.config))
-        for key, value in {**self.config.set, **system.set}.items():
-            _set(settings, key, value)
-        preset = _get(settings, section)
-        if not isinstance(preset, dict) or not {"layers", "width", "heads"} <= preset.keys():
-            raise ConfigError(f"{system.config}: {section} has to say layers, width and heads: the rules start there")
-        layers = size.layers or max(1, round(size.width * preset["layers"] / preset["width"]))
-        heads = size.heads or max(1, round(size.width * preset["heads"] / preset["width"]))
-        ratio = size.width / preset["width"]
-        preset |= {"layers": layers, "width": size.width, "heads": heads}
-        settings |= {"run_dir": "", "max_steps": 1}
+        options = [
+            word
+            for key, value in {**self.config.set, **system.set}.items()
+            for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
+        ]
+        preset, _ = load_config(config_class(cls), ["--config", system.config, *options])
+        settings = to_dict(preset)
+        trunk = _get(settings, section)
+        preset_width = trunk["width"]
+        layers = size.layers or max(1, round(size.width * trunk["layers"] / preset_width))
+        heads = size.heads or max(1, round(size.width * trunk["heads"] / preset_width))
+        trunk |= {"layers": layers, "width": size.width, "heads": heads}
         config = self._parsed(cls, settings, name)
-        vocab_size, tokens_per_epoch = config.vocabulary[1], math.nan
-        if not self.absent(config):
-            stream = TokenStream(config.data.without_states(), seed=0, rows_per_step=1)
-            vocab_size, tokens_per_epoch = stream.vocab_size, stream.tokens_per_epoch
+        averaged = bool(config.training.ema_decays) or not system.loss.startswith("validation_ema/")
+        if not config.training.validation_batches or not averaged:
+            raise ConfigError(f"{self.file}: systems.{name}: no {system.loss} without validation batches and averages")
+        vocab_size, tokens_per_row = config.vocabulary[1], float(config.data.row_tokens)
+        if stream := stream_of(config):
+            vocab_size, tokens_per_row = stream.vocab_size, stream.plan(0).tokens / stream.rows_per_step
         module = meta_module(config, vocab_size)
-        shapes = {name: p.shape for name, p in meta_module(config, vocab_size + 1).named_parameters()}
-        counts = [(p.numel(), p.shape != shapes[name]) for name, p in module.named_parameters() if p.requires_grad]
+        shapes = {key: p.shape for key, p in meta_module(config, vocab_size + 1).named_parameters()}
+        counts = [(p.numel(), p.shape != shapes[key]) for key, p in module.named_parameters() if p.requires_grad]
         return _Sized(
             settings=settings,
-            width_ratio=ratio,
+            preset_width=preset_width,
             parameters=sum(n for n, _ in counts),
             without_embeddings=sum(n for n, embedding in counts if not embedding),
-            row_flops=row_flops(config, module, vocab_size).total,
-            tokens_per_epoch=tokens_per_epoch,
+            flops=row_flops(config, module, vocab_size),
+            tokens_per_row=tokens_per_row,
             memory_gib=self._memory_gib(config, module),
+            read={path: _content(Path(path)) for path in needed_by(config) if path not in absent_of(config)},
         )
 
     def _memory_gib(self, config: RunConfig, module: "nn.Module") -> float:
@@ -210,47 +212,60 @@ class Plan:
         """The FLOPs of a size's runs."""
         if self.config.budgets:
             return [b.flops for b in self.config.budgets if size.width in (b.widths or [size.width])]
-        row_tokens = sized.settings["data"]["row_tokens"]
-        tokens = [ratio * sized.parameters for ratio in self.config.tokens_per_parameter]
-        return [sized.row_flops * count / row_tokens for count in tokens]
+        rows = [ratio * sized.parameters / sized.tokens_per_row for ratio in self.config.tokens_per_parameter]
+        return [count * (sized.flops.model + sized.flops.frozen) for count in rows]
 
-    def _configured(self, name: str, sized: _Sized, flops: float, flops_ratio: float) -> RunConfig:
-        """A run's configuration, its run_dir open."""
-        system, settings, device = self.config.systems[name], copy.deepcopy(sized.settings), self.config.device
+    def _configured(self, name: str, sized: _Sized, flops: float) -> RunConfig:
+        """A run's configuration, its run_dir that of the preset."""
+        system, settings = self.config.systems[name], copy.deepcopy(sized.settings)
+        training, cls = settings["training"], SYSTEMS[system.launcher][0]
+        self._follow_rules(system, settings, sized.preset_width, flops)
+        steps = round(flops / ((sized.flops.model + sized.flops.frozen) * training["rows_per_step"]))
+        if steps < self.config.validations:
+            raise ConfigError(
+                f"{self.file}: {flops:.2g} FLOPs are {steps} steps of {name} at {training['rows_per_step']} rows, "
+                f"fewer than validations ({self.config.validations}): take larger budgets or smaller batches"
+            )
+        settings["max_steps"] = steps
+        training["validation_every_steps"] = math.ceil(steps / self.config.validations)
+        for key, share in {**self.config.step_shares, **system.step_shares}.items():
+            _set(settings, key, round(share * steps))
+        settings["logging"]["wandb_group"] = self.work_dir.name
+        config = self._parsed(cls, settings, name)
+        accumulation_steps(config, self.config.device.processes)
+        accumulation_steps(config, self.config.device.processes, validation=True)
+        return config
+
+    def _follow_rules(self, system: System, settings: dict[str, Any], preset_width: int, flops: float) -> None:
+        """Change the numbers that follow the width and the budget."""
+        training, unit = settings["training"], settings["training"]["micro_batch_rows"] * self.config.device.processes
+        if training["validation_rows"] is None:  # the same ones, whatever batch the rules make
+            training["validation_rows"] = max(unit, unit * round(training["rows_per_step"] / unit))
+        width_ratio = _get(settings, SYSTEMS[system.launcher][1])["width"] / preset_width
+        flops_ratio = flops / (self.config.reference_flops or flops)
         for key, rule in {**self.config.rules, **system.rules}.items():
             value = _get(settings, key)
             if not isinstance(value, int | float):
-                raise ConfigError(f"{self.file}: rules: {key} is {value!r} in {system.config}, not a number")
-            new = value * sized.width_ratio**rule.width * flops_ratio**rule.flops
+                raise ConfigError(f"{self.file}: rules: {key} of {system.config} is {value!r}, not a number")
+            new = value * width_ratio**rule.width * flops_ratio**rule.flops
             if key == "training.rows_per_step":
-                unit = settings["training"]["micro_batch_rows"] * device.processes
                 new = max(unit, unit * round(new / unit))
             _set(settings, key, round(new) if isinstance(value, int) else new)
-        steps = round(flops / (sized.row_flops * settings["training"]["rows_per_step"]))
-        if steps < self.config.validations:
-            raise ConfigError(
-                f"{self.file}: {flops:.2g} FLOPs are {steps} steps of {name} at {settings['training']['rows_per_step']}"
-                f" rows, fewer than validations ({self.config.validations}): take larger budgets or smaller batches"
-            )
-        settings["max_steps"] = steps
-        settings["training"]["validation_every_steps"] = math.ceil(steps / self.config.validations)
-        for key, share in {**self.config.step_shares, **system.step_shares}.items():
-            _set(settings, key, round(share * steps))
-        _set(settings, "logging.wandb_group", self.work_dir.name)
-        return self._parsed(SYSTEMS[system.launcher][0], settings, name)
 
     def _parsed(self, cls: str, settings: dict[str, Any], name: str) -> RunConfig:
         return from_dict(config_class(cls), copy.deepcopy(settings), where=f"{self.file}: systems.{name}")
 
     def _cost(self, name: str, sized: _Sized, config: RunConfig, flops: float) -> PlannedRun:
         system, device, training = self.config.systems[name], self.config.device, config.training
-        own = {key: value for key, value in to_dict(config).items() if key not in ("run_dir", "logging")}
-        identity = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:8]
         size = _get(to_dict(config), SYSTEMS[system.launcher][1])
-        label = re.sub(r"[^a-z0-9.]+", "_", name.lower()) + f"-{size['width']}-{flops:.2g}-{identity}".replace("+", "")
-        tokens = training.rows_per_step * config.max_steps * config.data.row_tokens
-        per_step = sized.row_flops * training.rows_per_step
+        label = re.sub(r"[^a-z0-9.]+", "_", name.lower()) + f"-{size['width']}-{flops:.2g}".replace("+", "")
+        own = {key: value for key, value in to_dict(config).items() if key not in ("run_dir", "logging")}
+        identity = hashlib.sha256(json.dumps([own, sized.read], sort_keys=True).encode()).hexdigest()[:8]
+        label, epochs = f"{label}-{identity}", math.nan
+        if stream := stream_of(config):
+            epochs = max(stream.epochs(config.max_steps * stream.plan(0).next_sample))
         speed = (device.peak_tflops or 0.0) * 1e12 * device.mfu
+        rows = config.max_steps * training.rows_per_step
         return PlannedRun(
             name=label,
             system=name,
@@ -265,13 +280,31 @@ class Plan:
             steps=config.max_steps,
             parameters=sized.parameters,
             parameters_without_embeddings=sized.without_embeddings,
-            tokens=tokens,
-            epochs=tokens / sized.tokens_per_epoch,
-            flops_per_step=per_step,
+            tokens=round(rows * sized.tokens_per_row),
+            epochs=epochs,
+            flops_per_step=(sized.flops.model + sized.flops.frozen) * training.rows_per_step,
             budget_flops=flops,
             memory_gib=sized.memory_gib,
-            device_hours=per_step * config.max_steps / speed / 3600 if speed else None,
+            device_hours=rows * sized.flops.model / speed / 3600 if speed else None,
         )
+
+
+def stream_of(config: RunConfig) -> TokenStream | None:
+    """The tokens that a run reads; None where its shards are not there yet. Raises DataError."""
+    if any(not Path(folder).is_dir() for folder in config.data.folders()):
+        return None
+    return TokenStream(config.data.without_states(), seed=config.seed, rows_per_step=config.training.rows_per_step)
+
+
+def absent_of(config: RunConfig) -> list[str]:
+    """What a run reads that is not there yet."""
+    return [path for path in needed_by(config) if not Path(path).is_dir()]
+
+
+def _content(directory: Path) -> str:
+    """Of shards or states their manifest, of a model its description and weights, hashed."""
+    manifest = directory / MANIFEST
+    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else weights_hash(directory)
 
 
 def read_plan(file: Path) -> tuple[PlanConfig, list[PlannedRun]]:

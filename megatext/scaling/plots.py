@@ -8,20 +8,20 @@ from typing import Any
 
 import numpy as np
 
+from evaluation.files import atomic_write
 from evaluation.plots import COLORS, new_figure, to_png
-from megatext.scaling.collect import Measured
-from megatext.scaling.fit import Law
+from megatext.scaling.collect import METRICS, Measured
 from megatext.scaling.plan import aligned, short
-from megatext.scaling.summary import BUDGET_TOLERANCE, law_of, points_of, table
+from megatext.scaling.summary import flops_per_parameter_and_token, law_of, points_of, table
 
 PANEL = {"width": 5.2, "height": 3.5}
-METRICS = {
-    "gap": "judge gap G",
-    "mauve": "MAUVE",
-    "entropy": "unigram entropy, nats",
-    "bits_per_character": "bits a character",
-}
 EXA = 1e18
+TITLES = {
+    "loss": "Loss against compute",
+    "iso_flop": "Iso-FLOP curves",
+    "residuals": "What the law leaves over",
+    "metrics": "Metrics of the evaluation against compute",
+}
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
@@ -39,111 +39,99 @@ def draw(measured: Sequence[Measured], summary: dict[str, Any]) -> dict[str, byt
     plots = {"loss": _loss_plot(measured, summary), "iso_flop": _iso_flop_plot(measured, summary)}
     if any(law_of(found) for found in summary["systems"].values()):
         plots["residuals"] = _residuals_plot(measured, summary)
-    if metrics := [key for key in METRICS if any(_metric(point, key) is not None for point in measured)]:
-        plots["metrics"] = _metrics_plot(measured, metrics)
+    if keys := [key for key in METRICS if any(_metric(point, key) is not None for point in measured)]:
+        plots["metrics"] = _metrics_plot(measured, keys)
     return plots
 
 
 def write(measured: Sequence[Measured], summary: dict[str, Any], work_dir: Path) -> Path:
     """plots/*.png and report.html; the path of the latter."""
     drawn = draw(measured, summary)
-    (work_dir / "plots").mkdir(parents=True, exist_ok=True)
     for name, png in drawn.items():
-        (work_dir / "plots" / f"{name}.png").write_bytes(png)
+        atomic_write(work_dir / "plots" / f"{name}.png", png)
     images = {name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in drawn.items()}
     sections = [f'<h2>{TITLES[name]}</h2><img alt="{TITLES[name]}" src="{image}">' for name, image in images.items()]
     sections += [f"<h2>Fits</h2><pre>{html.escape(table(summary))}</pre>"]
     sections += [f"<h2>Runs</h2><pre>{html.escape(_runs_table(measured))}</pre>"]
     page = PAGE.format(title=html.escape(f"Scaling: {work_dir.name}"), sections="\n".join(sections))
     path = work_dir / "report.html"
-    path.write_text(page, encoding="utf-8")
+    atomic_write(path, page)
     return path
 
 
-TITLES = {
-    "loss": "Loss against compute",
-    "iso_flop": "Iso-FLOP curves",
-    "residuals": "What the law leaves over",
-    "metrics": "Metrics of the evaluation against compute",
-}
+def _panels(names: Sequence[str]) -> tuple[Any, Any, list[tuple[Any, str]]]:
+    """A figure and a panel for each name."""
+    columns = max(1, min(3, len(names)))
+    rows = max(1, -(-len(names) // columns))
+    figure, grid = new_figure(rows, columns, width=PANEL["width"] * columns, height=PANEL["height"])
+    for ax in list(grid.flat)[len(names) :]:
+        ax.set_visible(False)
+    return figure, grid, list(zip(grid.flat, names, strict=False))
 
 
 def _systems(measured: Sequence[Measured]) -> list[str]:
     return list(dict.fromkeys(point.system for point in measured))
 
 
-def _panels(count: int) -> tuple[Any, Any]:
-    columns = min(3, count)
-    return new_figure(-(-count // columns), columns, width=PANEL["width"] * columns, height=PANEL["height"])
-
-
 def _loss_plot(measured: Sequence[Measured], summary: dict[str, Any]) -> bytes:
     """A panel a system, whose losses are of different kinds: a curve a run, one colour a width, and the frontier of the
     law."""
-    systems = _systems(measured)
-    figure, grid = _panels(len(systems))
-    for ax, system in zip(grid.flat, systems, strict=False):
+    figure, _, panels = _panels(_systems(measured))
+    for ax, system in panels:
         of_system = [point for point in measured if point.system == system]
-        widths = sorted({point.width for point in of_system})
-        for run in dict.fromkeys(point.run for point in of_system):
-            curve = [point for point in of_system if point.run == run]
-            color = COLORS[widths.index(curve[0].width) % len(COLORS)]
-            ax.plot([p.flops for p in curve], [p.loss for p in curve], color=color, lw=0.8, alpha=0.5)
-            ends = [p for p in curve if p.final]
-            label = f"width {curve[0].width}, {short(curve[0].parameters)}"
-            known = label in ax.get_legend_handles_labels()[1]
-            ax.plot(
-                [p.flops for p in ends], [p.loss for p in ends], "o", ms=5, color=color, label=None if known else label
+        for color, width in zip(COLORS * 9, sorted({point.width for point in of_system}), strict=False):
+            of_width = [point for point in of_system if point.width == width]
+            for run in dict.fromkeys(point.run for point in of_width):
+                curve = [point for point in of_width if point.run == run]
+                ax.plot([p.flops for p in curve], [p.loss for p in curve], color=color, lw=0.8, alpha=0.5)
+            ends = [point for point in of_width if point.final]
+            label = f"width {width}, {short(of_width[0].parameters)}"
+            ax.plot([p.flops for p in ends], [p.loss for p in ends], "o", ms=5, color=color, label=label)
+        if law := law_of(summary["systems"].get(system, {})):
+            points = points_of(measured, system, summary["parameters"])
+            flops, each = (
+                np.geomspace(points.flops.min(), points.flops.max(), 50),
+                flops_per_parameter_and_token(points),
             )
-        if (law := law_of(summary["systems"].get(system, {}))) and (
-            points := points_of(measured, system, summary["parameters"])
-        ):
-            flops = np.geomspace(points.flops.min(), points.flops.max(), 50)
-            ax.plot(flops, _frontier(law, points, flops), "--", color="#1f2933", lw=1.2, label="law's best size")
+            least = [law.loss(*map(np.array, law.optimum(budget, each))) for budget in flops]
+            ax.plot(flops, least, "--", color="#1f2933", lw=1.2, label="law's best size")
         ax.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="validation loss", title=system)
         ax.legend(fontsize=7, frameon=False)
-    return _finished(figure, grid, len(systems))
-
-
-def _frontier(law: Law, points: Any, flops: np.ndarray) -> list[float]:
-    """The law's least loss of each budget; FLOPs for each parameter and token are what they are in the runs."""
-    each = float(np.median(points.flops / (points.parameters * points.tokens)))
-    return [float(law.loss(*(np.array(x) for x in law.optimum(budget, each)))) for budget in flops]
+    return to_png(figure)
 
 
 def _iso_flop_plot(measured: Sequence[Measured], summary: dict[str, Any]) -> bytes:
-    systems = [name for name in _systems(measured) if name in summary["systems"]]
-    figure, grid = _panels(len(systems))
-    for ax, system in zip(grid.flat, systems, strict=False):
+    """A panel a system: the losses of each budget over the size, their parabola, and its least."""
+    figure, _, panels = _panels([name for name in _systems(measured) if name in summary["systems"]])
+    for ax, system in panels:
         points = points_of(measured, system, summary["parameters"])
-        least = summary["systems"][system].get("parabolas", {}).get("least", [])
-        budgets = sorted({point.budget_flops for point in measured if point.system == system})
-        for color, budget in zip(COLORS * 9, budgets, strict=False):
-            of_budget = points.of(np.abs(points.flops / budget - 1) <= BUDGET_TOLERANCE)
+        least = {each["flops"]: each for each in summary["systems"][system].get("parabolas", {}).get("least", [])}
+        for color, budget in zip(COLORS * 9, np.unique(points.budget), strict=False):
+            of_budget = points.of(points.budget == budget)
             order = np.argsort(of_budget.parameters)
             sizes, losses = of_budget.parameters[order], of_budget.loss[order]
-            found = [each for each in least if abs(each["flops"] / budget - 1) <= BUDGET_TOLERANCE]
+            found = least.get(budget)
             ax.plot(sizes, losses, "o" if found else "o-", ms=5, lw=0.8, color=color, label=f"{budget:.1e} FLOPs")
-            for each in found:
-                across = np.linspace(np.log(sizes.min()), np.log(sizes.max()), 60)
-                ax.plot(
-                    np.exp(across), np.polyval(np.polyfit(np.log(sizes), losses, 2), across), "--", lw=0.9, color=color
-                )
-                if each["inside"]:
-                    ax.plot(each["parameters"], each["loss"], "*", ms=11, color=color)
+            if found:
+                across = np.geomspace(sizes.min(), sizes.max(), 60)
+                parabola = np.polyval(np.polyfit(np.log(sizes), losses, 2), np.log(across))
+                ax.plot(across, parabola, "--", lw=0.9, color=color)
+            if found and found["inside"]:
+                ax.plot(found["parameters"]["value"], found["loss"]["value"], "*", ms=11, color=color)
         name = "parameters" if summary["parameters"] == "all" else "parameters without embeddings"
         ax.set(xscale="log", xlabel=f"{name} (star: least of the parabola)", ylabel="validation loss", title=system)
         ax.legend(fontsize=7, frameon=False)
-    return _finished(figure, grid, len(systems))
+    return to_png(figure)
 
 
 def _residuals_plot(measured: Sequence[Measured], summary: dict[str, Any]) -> bytes:
     """How far the law is from every run, and from the budget that was held out of it."""
-    figure, grid = _panels(2)
+    figure, grid, _ = _panels(["fitted", "held out"])
     for color, (system, found) in zip(COLORS * 9, summary["systems"].items(), strict=False):
-        if "law" in found:
-            flops = points_of(measured, system, summary["parameters"]).flops
-            grid[0, 0].plot(flops, 100 * np.array(found["law"]["residuals"]), "o", ms=5, color=color, label=system)
+        if law := law_of(found):
+            points = points_of(measured, system, summary["parameters"])
+            residuals = 100 * (law.loss(points.parameters, points.tokens) / points.loss - 1)
+            grid[0, 0].plot(points.flops, residuals, "o", ms=5, color=color, label=system)
         if held := found.get("held_out"):
             errors = 100 * (np.array(held["predicted"]) / np.array(held["measured"]) - 1)
             grid[0, 1].plot(held["measured"], errors, "o", ms=5, color=color, label=system)
@@ -163,33 +151,18 @@ def _metric(point: Measured, key: str) -> float | None:
 def _metrics_plot(measured: Sequence[Measured], keys: Sequence[str]) -> bytes:
     """A point a run, and a line through each budget's run of the least loss; FLOPs with those of the models that a run
     stands on, where they are known."""
-    figure, grid = _panels(len(keys))
-    for ax, key in zip(grid.flat, keys, strict=False):
+    figure, _, panels = _panels(keys)
+    for ax, key in panels:
         for color, system in zip(COLORS * 9, _systems(measured), strict=False):
             scored = [p for p in measured if p.system == system and _metric(p, key) is not None]
-            best = [
-                min((p for p in scored if p.budget_flops == b), key=lambda p: p.loss)
-                for b in sorted({p.budget_flops for p in scored})
-            ]
+            of_budgets = [[p for p in scored if p.budget_flops == b] for b in sorted({p.budget_flops for p in scored})]
+            best = [min(points, key=lambda p: p.loss) for points in of_budgets]
             for points, look in ((scored, "o"), (best, "-")):
-                across = [(p.total_flops or p.flops) / EXA for p in points]
-                ax.plot(
-                    across,
-                    [_metric(p, key) for p in points],
-                    look,
-                    ms=4,
-                    lw=1.2,
-                    color=color,
-                    label=system if look == "-" else None,
-                )
+                across = [(p.flops + (p.ancestor_flops or 0)) / EXA for p in points]
+                label = system if look == "-" else None
+                ax.plot(across, [_metric(p, key) for p in points], look, ms=4, lw=1.2, color=color, label=label)
         ax.set(xscale="log", xlabel="EFLOPs", ylabel=METRICS[key])
         ax.legend(fontsize=7, frameon=False)
-    return _finished(figure, grid, len(keys))
-
-
-def _finished(figure: Any, grid: Any, used: int) -> bytes:
-    for ax in list(grid.flat)[used:]:
-        ax.set_visible(False)
     return to_png(figure)
 
 

@@ -2,10 +2,14 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from evaluation.files import atomic_write
 from megatext.config import ConfigError
 from megatext.export import export
 from megatext.scaling.config import PlanConfig
@@ -43,7 +47,7 @@ def stages(runs: Sequence[PlannedRun], config: PlanConfig, jobs: int) -> list[St
             writes=(Path(run.run_dir) / "finished.json",),
             continues=True,
             environment=share_of_threads(jobs * config.device.processes),
-            expected_seconds=run.flops / 1e10,
+            expected_seconds=run.device_hours * 3600 if run.device_hours else run.flops / 1e10,
         )
         for run in runs
         if not is_finished(run)
@@ -51,7 +55,13 @@ def stages(runs: Sequence[PlannedRun], config: PlanConfig, jobs: int) -> list[St
 
 
 def run_here(runs: Sequence[PlannedRun], config: PlanConfig, jobs: int) -> None:
-    """Run what is not finished, `jobs` at a time; a run that fails does not stop the others. Ends the program, then."""
+    """Run what is not finished, `jobs` at a time; a run that fails does not stop the others. Ends the program, then.
+
+    Raises ConfigError for several jobs where they would meet: DeepSpeed's launcher takes the first accelerators, and
+    one port for the ranks of a run.
+    """
+    if jobs > 1 and (torch.accelerator.is_available() or config.device.processes > 1):
+        raise ConfigError("--jobs is for runs of one process on CPUs; device.processes spreads a run over accelerators")
     to_do = stages(runs, config, jobs)
     print(f"{len(runs) - len(to_do)} of {len(runs)} runs are finished", flush=True)
     run_or_exit(to_do, Path(config.work_dir), jobs=jobs, keep_going=True)
@@ -69,12 +79,17 @@ def submit(runs: Sequence[PlannedRun], config: PlanConfig, sbatch_options: Seque
         raise ConfigError(
             f"jobs of this plan are queued or running ({queued}); wait for them, or scancel --name {name}"
         )
+    processes, a_node = config.device.processes, config.device.processes_per_node
+    if processes > a_node and processes % a_node:
+        raise ConfigError(f"device.processes {processes} do not fill nodes of device.processes_per_node {a_node}")
+    tasks = min(processes, a_node)
     waiting = [number for number, run in enumerate(runs) if not is_finished(run)]
     if not waiting:
         return f"all {len(runs)} runs are finished"
     commands = Path(config.work_dir) / COMMANDS
-    commands.write_text("".join(shlex.join(options(run, config)) + "\n" for run in runs))
-    array = ["--job-name", name, "--array", ",".join(map(str, waiting)), *sbatch_options]
+    atomic_write(commands, "".join(shlex.join(options(run, config)) + "\n" for run in runs))
+    array = ["--job-name", name, "--array", ",".join(map(str, waiting)), "--nodes", str(processes // tasks)]
+    array += ["--ntasks-per-node", str(tasks), "--gpus-per-node", str(tasks), *sbatch_options]
     return _slurm(["sbatch", *array, SCRIPT, str(commands)])
 
 
@@ -96,6 +111,7 @@ def export_models(runs: Sequence[PlannedRun], config: PlanConfig) -> Path:
         model = work_dir / "models" / run.name
         if not model.is_dir():
             unfinished = model.with_name(f".unfinished-{model.name}")
+            shutil.rmtree(unfinished, ignore_errors=True)
             export(Path(run.run_dir), unfinished)
             unfinished.rename(model)
         kind = "hf" if run.launcher == "lm" else "model"
@@ -103,5 +119,5 @@ def export_models(runs: Sequence[PlannedRun], config: PlanConfig) -> Path:
             told = " ".join([run.name, *(f"{key}={value}" for key, value in way.items())])
             rows.append({"name": told, "system": f"{kind}:{model}", "sampling": way, "group": run.name})
     path = work_dir / "systems.yaml"
-    path.write_text(json.dumps(rows, indent=1) + "\n")
+    atomic_write(path, json.dumps(rows, indent=1) + "\n")
     return path

@@ -1,14 +1,17 @@
 """Processes, devices and DeepSpeed: who we are, and a quiet engine."""
 
 import ctypes
+import fcntl
 import logging
 import os
 import socket
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -88,6 +91,31 @@ def chosen_precision(asked: Precision, processes: Processes) -> Precision:
     return "bf16" if all(found) else "fp32"
 
 
+@contextmanager
+def alone_in(run_dir: Path, processes: Processes) -> Iterator[None]:
+    """Keeps a second run out of a directory, as long as this one is in it; the system lets go when rank 0 ends, however
+    it ends. Raises ConfigError. A collective."""
+    file, problem = None, None
+    if processes.is_main:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            file = open(run_dir / "lock", "w")  # noqa: SIM115
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = f"run_dir {run_dir}: another run is at work there; wait for it or stop it"
+        except OSError:
+            pass  # what cannot be written is told soon; a file system without locks has none
+    problems = [problem]
+    torch.distributed.broadcast_object_list(problems, src=0)
+    try:
+        if problems[0]:
+            raise ConfigError(problems[0])
+        yield
+    finally:
+        if file is not None:
+            file.close()
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -138,20 +166,22 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-def accumulation_steps(config: "RunConfig", world: int) -> int:
-    """Micro-batches a rank runs for each step. Raises ConfigError where the numbers do not divide."""
+def accumulation_steps(config: "RunConfig", world: int, *, validation: bool = False) -> int:
+    """Micro-batches a rank runs for each step, or for each validation batch. Raises ConfigError where the numbers do
+    not divide."""
     training = config.training
+    rows, name = training.rows_per_step, "rows_per_step"
+    if validation and training.validation_rows is not None:
+        rows, name = training.validation_rows, "validation_rows"
     per_pass = world * training.micro_batch_rows
-    if training.rows_per_step % per_pass:
-        fitting = [n for n in range(1, training.rows_per_step + 1) if training.rows_per_step % (world * n) == 0]
-        hint = (
-            f"micro_batch_rows could be one of {fitting}" if fitting else f"rows_per_step must be a multiple of {world}"
-        )
+    if rows % per_pass:
+        fitting = [n for n in range(1, rows + 1) if rows % (world * n) == 0]
+        hint = f"micro_batch_rows could be one of {fitting}" if fitting else f"{name} must be a multiple of {world}"
         raise ConfigError(
-            f"training.rows_per_step {training.rows_per_step} is not a multiple of {world} process(es) x "
+            f"training.{name} {rows} is not a multiple of {world} process(es) x "
             f"training.micro_batch_rows {training.micro_batch_rows}; {hint}"
         )
-    return training.rows_per_step // per_pass
+    return rows // per_pass
 
 
 def build_engine(module: nn.Module, optimizer: MuonAdamW, settings: dict[str, Any]) -> Any:

@@ -29,7 +29,9 @@ class TrainingConfig:
     validation_every_steps: int = 0
     """Steps between validations, each with previews; 0 validates only at the end."""
     validation_batches: int = 1
-    """Validation batches of rows_per_step rows, the same ones each time; 0 never validates."""
+    """Validation batches, the same ones each time; 0 never validates."""
+    validation_rows: int | None = None
+    """Rows of a validation batch; null: rows_per_step. By it, runs of other batches are compared on the same rows."""
     keep_last: int = 2
     """Newest checkpoints that are kept."""
     keep_every_steps: int = 0
@@ -49,6 +51,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.rows_per_step < 1 or self.micro_batch_rows < 1 or self.keep_last < 1:
             raise ConfigError("training: rows_per_step, micro_batch_rows and keep_last must be at least 1")
+        if self.validation_rows is not None and self.validation_rows < 1:
+            raise ConfigError("training.validation_rows must be at least 1")
         if self.keep_every_steps < 0 or self.hang_timeout_seconds < 0 or self.skipped_steps_limit < 1:
             raise ConfigError(
                 "training: keep_every_steps and hang_timeout_seconds must be at least 0, skipped_steps_limit at least 1"

@@ -26,6 +26,7 @@ from megatext.training.deepspeed_json import deepspeed_json
 from megatext.training.engine import (
     Processes,
     accumulation_steps,
+    alone_in,
     build_engine,
     check_agreement,
     chosen_precision,
@@ -52,16 +53,19 @@ def train(config: RunConfig, recipe: Recipe, deepspeed_config: Path | None = Non
     with StopSignal() as stop:
         processes = start_processes()
         config = with_precision(config, processes)
-        trainer = Trainer(config, recipe, deepspeed_config, processes, stop)
-        try:
-            trainer.resume()
-            if processes.is_main:
-                save_yaml(config, Path(config.run_dir) / "config.yaml")  # now: a refused resume leaves the run's own
-            with trainer.watchdog:
-                trainer.loop()
-                return trainer.finish()
-        finally:
-            trainer.logger.finish()
+        with alone_in(Path(config.run_dir), processes):
+            trainer = Trainer(config, recipe, deepspeed_config, processes, stop)
+            try:
+                trainer.resume()
+                if processes.is_main:
+                    save_yaml(
+                        config, Path(config.run_dir) / "config.yaml"
+                    )  # now: a refused resume leaves the run's own
+                with trainer.watchdog:
+                    trainer.loop()
+                    return trainer.finish()
+            finally:
+                trainer.logger.finish()
 
 
 def with_precision(config: RunConfig, processes: Processes) -> RunConfig:
@@ -97,7 +101,7 @@ class Trainer:
                 "shard the corpus with the model's tokenizer"
             )
         # now, so that a split that is too small ends the run at its start
-        held_out = read_held_out(config, data, processes.world, self.accumulation)
+        held_out = read_held_out(config, data, processes.world)
         frozen = [name for name, parameter in recipe.module.named_parameters() if not parameter.requires_grad]
         if frozen:
             raise ConfigError(f"frozen parameters ({frozen[0]}, ...) belong into the recipe, not into its module")

@@ -13,14 +13,14 @@ from megatext.data.packing import TokenBatch
 from megatext.data.stream import DataConfig, TokenStream
 from megatext.recipes.base import Output, Recipe
 from megatext.training.ema import EMA, ema_key
-from megatext.training.engine import Processes
+from megatext.training.engine import Processes, accumulation_steps
 from megatext.training.guards import uncompiled
 from megatext.training.metrics import Meter
 from megatext.training.run_config import RunConfig
 from megatext.training.watchdog import Watchdog
 
 
-def read_held_out(config: RunConfig, data: DataConfig, world: int, accumulation: int) -> list[list[TokenBatch]]:
+def read_held_out(config: RunConfig, data: DataConfig, world: int) -> list[list[TokenBatch]]:
     """Every rank's part of the validation batches of `data`, on the CPU; raises DataError where the split is too small.
 
     A validation is split over the ranks; what a recipe measures at the end is measured by all of them on all rows, or
@@ -28,9 +28,9 @@ def read_held_out(config: RunConfig, data: DataConfig, world: int, accumulation:
     """
     held_out: list[list[TokenBatch]] = [[] for _ in range(world)]
     if config.training.validation_batches:
-        stream = TokenStream(
-            dataclasses.replace(data, split="validation"), seed=0, rows_per_step=config.training.rows_per_step
-        )
+        accumulation = accumulation_steps(config, world, validation=True)
+        rows = accumulation * config.training.micro_batch_rows * world
+        stream = TokenStream(dataclasses.replace(data, split="validation"), seed=0, rows_per_step=rows)
         sample = 0
         for _ in range(config.training.validation_batches):
             plan = stream.plan(sample)

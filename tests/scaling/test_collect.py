@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatext.config import ConfigError
+from megatext.recipes.pretrained import weights_hash
 from megatext.scaling.collect import collect, from_folder, from_wandb, read_points, write_points
 from megatext.scaling.plan import PlannedRun
 
@@ -42,9 +43,25 @@ def test_a_point_a_validation(tmp_path: Path) -> None:
     assert (first.step, first.final, first.loss, first.flops) == (15, False, 4.5, 15e6)
     assert (first.tokens, first.seconds) == (1450, 3.0)  # half-way between two logged steps
     assert (last.step, last.final, last.loss, last.tokens, last.seconds) == (30, True, 3.2, 3000, 6.0)
-    assert (last.parameters, last.parameters_without_embeddings, last.total_flops) == (1000, 600, None)
+    assert (last.parameters, last.parameters_without_embeddings, last.ancestor_flops) == (1000, 600, None)
     write_points([first, last], tmp_path)
     assert read_points(tmp_path) == [first, last]
+
+
+def test_seconds_of_a_run_that_was_resumed(tmp_path: Path) -> None:
+    """Each process counts its own time."""
+    resumed = [dict(record) for record in RECORDS]
+    for record in resumed[2:]:
+        if "elapsed_seconds" in record:
+            record["elapsed_seconds"] -= 3
+    write_records(tmp_path, resumed)
+    assert [point.seconds for point in collect([run_in(tmp_path)])] == [2.5, 5.0]
+
+
+def test_a_finished_run_without_its_loss_says_what_there_is(tmp_path: Path) -> None:
+    write_records(tmp_path, [{key.replace("_ema", ""): value for key, value in record.items()} for record in RECORDS])
+    with pytest.raises(ConfigError, match="ar-32: no record has validation_ema/loss.*there are validation/loss"):
+        collect([run_in(tmp_path)])
 
 
 def test_a_run_that_goes_on_has_no_final_point(tmp_path: Path) -> None:
@@ -60,7 +77,9 @@ def test_metrics_and_costs_of_the_exported_model(tmp_path: Path, monkeypatch: py
     write_records(tmp_path, RECORDS)
     model = tmp_path / "models" / RUN.name
     model.mkdir(parents=True)
-    (model / "training.json").write_text(json.dumps({"flops": {"a": 3e7, "b": 5e6}, "unknown": []}))
+    (model / "config.json").write_text("{}")
+    cost = {"flops": {weights_hash(model): 4e7, "a": 3e7, "b": 5e6}, "unknown": []}
+    (model / "training.json").write_text(json.dumps(cost))
     rows = [
         {
             "name": "ar-32 temperature=0.7",
@@ -72,7 +91,7 @@ def test_metrics_and_costs_of_the_exported_model(tmp_path: Path, monkeypatch: py
     ]
     monkeypatch.setattr("evaluation.scoring.load_results", lambda directory: {"systems": rows})
     *_, last = collect([run_in(tmp_path)], from_folder, tmp_path / "models", [tmp_path])
-    assert last.total_flops == 3.5e7
+    assert last.ancestor_flops == 3.5e7
     assert last.metrics == {"temperature=0.7": {"gap": 0.5}, "default": {"gap": 0.7, "mauve": 60.0}}
 
 
@@ -88,6 +107,7 @@ def test_wandb_tells_the_same_as_the_folder(tmp_path: Path, monkeypatch: pytest.
         for record in RECORDS:
             row = rows.setdefault(record["step"], {**dict.fromkeys(keys), "_step": record["step"]})
             row.update({key: value for key, value in record.items() if key != "step"})
+        rows[20]["validation_ema/loss"] = "NaN"
         for row in rows.values():
             del row["step"]
         return [SimpleNamespace(name=RUN.name, scan_history=lambda: rows.values())]

@@ -31,7 +31,7 @@ def made(law: Law = CHINCHILLA, noise: float = 0.0, seed: int = 0) -> Points:
             rows.append((n, budget / (6 * n), budget))
     n, d, c = np.array(rows).T
     loss = law.loss(n, d) * np.exp(noise * np.random.default_rng(seed).standard_normal(len(n)))
-    return Points(n, d, c, loss)
+    return Points(n, d, c, loss, c)
 
 
 def test_the_optimum_is_the_least_loss_of_a_budget() -> None:
@@ -60,7 +60,7 @@ def test_a_run_that_went_wrong_does_not_decide() -> None:
 
 def test_parabolas_and_their_power_law() -> None:
     """At a budget the optimum grows as C^(beta / (alpha + beta))."""
-    parabolas = fit_parabolas(made(), BUDGETS)
+    parabolas = fit_parabolas(made())
     assert len(parabolas) == 4 and all(each.inside for each in parabolas)
     for each in parabolas:
         best = CHINCHILLA.optimum(each.flops)
@@ -92,13 +92,34 @@ def test_intervals_hold_the_truth_and_narrow_with_less_noise() -> None:
     assert np.isnan(interval([1.0, 2.0])).all()
 
 
+def test_a_least_beside_the_sizes_is_called_a_guess_and_far_ones_are_none() -> None:
+    """Tokens follow C = 6 N D there too."""
+    n = np.array([1e6, 2e6, 4e6])
+    for shift, inside in ((0.7, True), (1.9, False)):
+        loss = 3 + (np.log(n) - np.log(1e6 * 4**shift)) ** 2
+        found = fit_parabola(Points(n, 1e12 / 6 / n, np.full(3, 1e12), loss, np.full(3, 1e12)))
+        assert found.inside == inside and found.parameters == pytest.approx(1e6 * 4**shift)
+        assert 6 * found.parameters * found.tokens == pytest.approx(1e12)
+    loss = 3 + (np.log(n) - np.log(1e6 * 4**3)) ** 2
+    with pytest.raises(ConfigError, match="no least near their sizes"):
+        fit_parabola(Points(n, 1e12 / 6 / n, np.full(3, 1e12), loss, np.full(3, 1e12)))
+
+
+@pytest.mark.parametrize("exponents", [(0.05, 0.02), (0.0, 0.0)])
+def test_losses_that_do_not_fall_determine_no_law(exponents: tuple[float, float]) -> None:
+    points = made()
+    loss = points.parameters ** exponents[0] * points.tokens ** exponents[1]
+    with pytest.raises(ConfigError, match="do not determine a law"):
+        fit_law(Points(points.parameters, points.tokens, points.flops, loss, points.budget))
+
+
 @pytest.mark.parametrize(
     ("points", "fit", "message"),
     [
         (made().of(np.arange(5)), fit_law, "six runs at least"),
         (made().of(np.arange(2)), fit_parabola, "three sizes"),
         (
-            Points(*np.array([[1, 2, 3, 4], [4, 3, 2, 1], [1, 1, 1, 1], [1, 2, 2, 1.0]], dtype=float)),
+            Points(*np.array([[1, 2, 3, 4], [4, 3, 2, 1], [1, 1, 1, 1], [1, 2, 2, 1.0], [1, 1, 1, 1]], dtype=float)),
             fit_parabola,
             "no least",
         ),
@@ -108,4 +129,4 @@ def test_what_cannot_be_fitted_is_told(points: Points, fit: object, message: str
     with pytest.raises(ConfigError, match=message):
         fit(points)  # type: ignore[operator]
     with pytest.raises(ConfigError, match="positive"):
-        Points(np.array([1.0]), np.array([1.0]), np.array([1.0]), np.array([-1.0]))
+        Points(*np.array([[1.0], [1.0], [1.0], [-1.0], [1.0]]))

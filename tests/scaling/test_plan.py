@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from megatext.config import ConfigError, load_config
+from megatext.data.stream import TokenStream
 from megatext.recipes import config_class, meta_module
-from megatext.scaling.config import load_plan_config
-from megatext.scaling.plan import SYSTEMS, Plan, config_file, read_plan
+from megatext.scaling.plan import SYSTEMS, Plan, _content, config_file, read_plan
 from megatext.training.estimate import row_flops
 from tests.command_lines import ROOT
 
@@ -66,9 +66,12 @@ def test_a_plan_is_every_size_of_every_budget(tmp_path: Path, shards: Path) -> N
         module = meta_module(written, 300)
         assert run.parameters == sum(p.numel() for p in module.parameters())
         assert run.parameters - run.parameters_without_embeddings == 300 * run.width  # tied
-        assert run.flops_per_step == 4 * row_flops(written, module, 300).total
+        assert run.flops_per_step == 4 * row_flops(written, module, 300).model
         assert abs(run.flops - run.budget_flops) <= run.flops_per_step / 2
-        assert run.tokens == run.steps * 4 * 32
+        assert written.training.validation_rows == 4
+        stream = TokenStream(written.data, seed=0, rows_per_step=4)
+        assert run.tokens == run.steps * stream.plan(0).tokens < run.steps * 4 * 32
+        assert run.epochs == stream.epochs(run.steps * stream.plan(0).next_sample)[0]
         # fp32 masters, gradients, two moments and an average at least, and less than twice that
         assert 5 * 4 * run.parameters <= run.memory_gib * 2**30 < 10 * 4 * run.parameters
 
@@ -81,19 +84,24 @@ def test_a_width_that_is_the_vocabulary_s_is_no_embedding(tmp_path: Path, shards
 def test_rules_start_at_the_preset_and_the_least_budget(tmp_path: Path, shards: Path) -> None:
     rules = {"optimizer.learning_rate": {"width": -0.5}, "training.rows_per_step": {"flops": 0.5}}
     shares = {"optimizer.warmup_steps": 0.25, "save_every_steps": 0.5}
-    plan = Plan(write_plan(tmp_path, shards, rules=rules, step_shares=shares))
+    plan = Plan(write_plan(tmp_path, shards, rules=rules, step_shares=shares, reference_flops=1e9))
     assert [run.learning_rate for run in plan.runs] == pytest.approx([0.01, 0.01, 0.01 / 2**0.5, 0.01 / 2**0.5])
     assert [run.rows_per_step for run in plan.runs] == [4, 8, 4, 8]
     for run, config in zip(plan.runs, plan.configs, strict=True):
         assert config.optimizer.warmup_steps == round(0.25 * run.steps)
         assert config.save_every_steps == round(0.5 * run.steps)
+        assert config.training.validation_rows == 4  # the same for every batch
+    more = [{"flops": 1e9}, {"flops": 4e9}, {"flops": 3e8}]
+    again = Plan(write_plan(tmp_path, shards, rules=rules, step_shares=shares, reference_flops=1e9, budgets=more))
+    assert {run.name for run in plan.runs} < {run.name for run in again.runs}  # what is there stays as it is
 
 
-@pytest.mark.parametrize(("exponent", "processes"), [(0.3, 1), (0.77, 2), (1.2, 3)])
+@pytest.mark.parametrize(("exponent", "processes"), [(0.3, 1), (0.6, 2), (0.7, 3)])
 def test_batches_are_whole_micro_batches(tmp_path: Path, shards: Path, exponent: float, processes: int) -> None:
     rules = {"training.rows_per_step": {"flops": exponent}}
     device = {"processes": processes, "peak_tflops": 1.0, "mfu": 0.5}
-    plan = Plan(write_plan(tmp_path, shards, rules=rules, device=device, budgets=[{"flops": 2e9}, {"flops": 4e10}]))
+    changes = {"rules": rules, "device": device, "reference_flops": 2e9}
+    plan = Plan(write_plan(tmp_path, shards, budgets=[{"flops": 2e9}, {"flops": 4e10}], **changes))
     for run in plan.runs:
         assert run.rows_per_step % (2 * processes) == 0
         exact = max(2 * processes, 4 * (run.budget_flops / 2e9) ** exponent)
@@ -119,6 +127,18 @@ def test_the_identity_is_of_what_makes_a_difference(tmp_path: Path, shards: Path
     seeded = {"data.shards": str(shards), "seed": 1}
     assert not {run.name for run in Plan(write_plan(tmp_path, shards, set=seeded)).runs} & set(first)
     assert len(set(first)) == 4
+    moved = [run.name for run in Plan(write_plan(tmp_path, shards, work_dir=str(tmp_path / "elsewhere"))).runs]
+    assert moved == first
+
+
+def test_the_identity_is_of_what_is_read_too(tmp_path: Path, shards: Path) -> None:
+    vae = tmp_path / "vae"
+    vae.mkdir()
+    (vae / "config.json").write_text("{}")
+    assert _content(vae) == _content(vae)
+    before = _content(vae)
+    (vae / "model.safetensors").write_bytes(b"weights")
+    assert _content(vae) != before and _content(shards) != before
 
 
 @pytest.mark.parametrize(
@@ -131,8 +151,13 @@ def test_the_identity_is_of_what_makes_a_difference(tmp_path: Path, shards: Path
         ({"ladder": [{"width": 32}, {"width": 32, "layers": 2}]}, "two sizes have one width"),
         ({"budgets": [{"flops": 1e9, "widths": [48]}]}, "no size of the ladder has the width 48"),
         ({"budgets": [{"flops": 1e6}]}, "1e.06 FLOPs are 0 steps of AR at 4 rows, fewer than validations"),
-        ({"rules": {"optimizer.name": {"width": 1.0}}}, "rules: optimizer.name is None in .*, not a number"),
-        ({"set": {"data.shards": "nowhere", "model.depth": 3}}, "systems.AR: unknown key 'model.depth'"),
+        ({"rules": {"optimizer.name": {"width": 1.0}}}, "rules: optimizer.name of .* is 'adamw', not a number"),
+        ({"rules": {"optimizer.learning_rate": {"flops": 1.0}}}, "rules that follow the budget need reference_flops"),
+        ({"set": {"data.shards": "nowhere", "model.depth": 3}}, "--model.depth: unknown key 'model.depth'"),
+        ({"set": {"training.ema_decays": []}}, "systems.AR: no validation_ema/loss without validation batches and av"),
+        ({"device": {"processes": 4}}, "training.rows_per_step 4 is not a multiple of 4 process"),
+        ({"budgets": [{"flops": 1e9}, {"flops": 1e9, "widths": [32]}]}, "budgets: two have the same FLOPs"),
+        ({"budgets": [{"flops": 1e9}, {"flops": 1.0001e9}]}, "two runs are the same: ar-32-1e09"),
         ({"systems": {"AR": {"launcher": "gpt", "config": "x"}}}, "key 'systems.launcher' is 'gpt', which is not"),
     ],
 )  # fmt: skip
@@ -145,7 +170,37 @@ def test_a_plan_before_the_shards_is_told_and_not_written(tmp_path: Path) -> Non
     plan = Plan(write_plan(tmp_path, Path("nowhere"), budgets=[{"flops": 1e12}]))
     assert plan.runs[0].parameters - plan.runs[0].parameters_without_embeddings == 151_669 * 32
     assert plan.table().count("\n") == 3
-    with pytest.raises(ConfigError, match="nowhere: no such directory; the above is for Qwen3's vocabulary"):
+    with pytest.raises(ConfigError, match="nowhere: not there yet. The above presumes Qwen3's vocabulary"):
+        plan.refuse_what_does_not_fit()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "preset", "absent"),
+    [("dit", "dit_textldm_paper", "vae"), ("cola", "dit_cola", "vae_cola"), ("ldlm", "dit_ldlm", "lm")],
+)
+def test_other_systems_and_what_they_stand_on(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, launcher: str, preset: str, absent: str
+) -> None:
+    monkeypatch.chdir(ROOT)
+    file = f"launch/configs/quickstart/{preset}.yaml"
+    systems, own = {"X": {"launcher": launcher, "config": file}}, yaml.safe_load(Path(file).read_text())
+    for name in SYSTEMS[launcher][1].split("."):
+        own = own[name]
+    settings = {"data.shards": str(shards), "training.rows_per_step": 4, "training.micro_batch_rows": 4}
+    changes: dict[str, Any] = {
+        "systems": systems,
+        "budgets": [{"flops": 1e13}],
+        "ladder": [{"width": 64}, {"width": 128}],
+    }
+    plan = Plan(write_plan(tmp_path, shards, **changes, set=settings))
+    for run, config in zip(plan.runs, plan.configs, strict=True):
+        part: Any = config
+        for name in SYSTEMS[launcher][1].split("."):
+            part = getattr(part, name)
+        expected = [run.width, *(max(1, round(run.width * own[key] / own["width"])) for key in ("layers", "heads"))]
+        assert [part.width, part.layers, part.heads] == expected == [run.width, run.layers, run.heads]
+    assert plan.runs[0].parameters < plan.runs[1].parameters
+    with pytest.raises(ConfigError, match=f"runs/quickstart/models/{absent}: not there yet. The above presumes"):
         plan.refuse_what_does_not_fit()
 
 
@@ -160,14 +215,8 @@ def test_a_plan_is_of_its_file(tmp_path: Path, shards: Path) -> None:
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "launch/configs/scaling").glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_plans_can_be_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_plans_make_runs(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    config, _ = load_plan_config(file)
-    for system in config.systems.values():
-        settings = yaml.safe_load(Path(system.config).read_text())
-        section: Any = settings
-        for part in SYSTEMS[system.launcher][1].split("."):
-            section = section[part]
-        for size in config.ladder:
-            heads = size.heads or size.width * section["heads"] / section["width"]
-            assert size.width % heads == 0, f"heads of {size} in {system.config}"
+    plan = Plan(file)
+    assert all(run.width % run.heads == 0 and 0 < run.learning_rate < 0.1 for run in plan.runs)
+    assert {run.system for run in plan.runs} == set(plan.config.systems)

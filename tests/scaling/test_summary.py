@@ -1,6 +1,7 @@
 """Summaries and plots of points that were made from a known law."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,23 +47,30 @@ def test_the_law_comes_back_with_intervals_and_a_prediction(both: dict[str, Any]
         law = found["law"]
         assert found["runs"] == 15 and not found["missing"]
         for key, true in (("e", 1.7 * factor), ("alpha", 0.34), ("beta", 0.30)):
-            assert law[key] == pytest.approx(true, rel=0.01)
-            low, high = law["intervals"][key]
+            assert law[key]["value"] == pytest.approx(true, rel=0.01)
+            low, high = law[key]["ci95"]
             assert low * 0.99 <= true <= high * 1.01 and high - low < 0.1 * true
-        assert law["parameters_exponent"] == pytest.approx(0.30 / 0.64, abs=0.005)
-        assert np.abs(law["residuals"]).max() < 1e-3
+        assert law["parameters_exponent"]["value"] == pytest.approx(0.30 / 0.64, abs=0.005)
+        n, d = LAW.optimum(1e20)
+        assert law["next"]["flops"] == 1e20 and law["next"]["parameters"]["value"] == pytest.approx(n, rel=0.03)
+        assert law["next"]["tokens"]["value"] == pytest.approx(d, rel=0.03)
+        assert law["next"]["loss"]["value"] == pytest.approx(factor * LAW.loss(n, d), rel=1e-3)
+        assert [least["flops"] for least in found["parabolas"]["least"]] == list(BUDGETS)
         for least in found["parabolas"]["least"]:
-            assert least["inside"] and least["parameters"] == pytest.approx(LAW.optimum(least["flops"])[0], rel=0.1)
-        assert found["parabolas"]["parameters"]["exponent"] == pytest.approx(0.30 / 0.64, abs=0.02)
+            n, _ = LAW.optimum(least["flops"])
+            assert least["inside"] and least["parameters"]["value"] == pytest.approx(n, rel=0.1)
+            low, high = least["parameters"]["ci95"] or (0, math.inf)
+            assert low < least["parameters"]["value"] < high
+        assert found["parabolas"]["parameters"]["exponent"]["value"] == pytest.approx(0.30 / 0.64, abs=0.02)
         assert found["held_out"]["flops"] == 1e19 and found["held_out"]["relative_error"] < 2e-3
     told = table(both)
-    assert "AR: 15 runs, N: all" in told and "1.00e+19 FLOPs held out" in told and told.count("best N ~ C^") == 2
+    assert "AR: 15 runs, N: all" in told and "1.00e+19 FLOPs, held out" in told and told.count("best N ~ C^") == 2
 
 
 def test_other_parameters_give_another_law() -> None:
     found = summarise(points(), "without_embeddings", draws=0)["systems"]["AR"]["law"]
-    assert found["a"] == pytest.approx(400 / 2**0.34, rel=0.02) and found["alpha"] == pytest.approx(0.34, rel=0.01)
-    assert np.isnan(found["intervals"]["e"]).all()
+    assert found["a"]["value"] == pytest.approx(400 / 2**0.34, rel=0.02)
+    assert found["alpha"]["value"] == pytest.approx(0.34, rel=0.01) and found["alpha"]["ci95"] is None
 
 
 def test_what_cannot_be_had_is_said() -> None:
@@ -77,6 +85,7 @@ def test_what_cannot_be_had_is_said() -> None:
 def test_plots_and_page(tmp_path: Path, both: dict[str, Any]) -> None:
     measured = [*points(), *points("DiT", 0.5)]
     assert plots.draw(measured, both).keys() == {"loss", "iso_flop", "residuals"}
+    assert plots.draw(measured[:-2], both).keys() == {"loss", "iso_flop", "residuals"}  # a run fewer than was fitted
     measured[-1] = replace(measured[-1], metrics={"default": {"gap": 0.4, "entropy": 4.2}})
     with pytest.raises(ConfigError, match="fit. makes it"):
         read_summary(tmp_path)

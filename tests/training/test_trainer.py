@@ -1,5 +1,6 @@
 """The trainer as its users meet it: whole runs on one and two processes, killed, resumed, damaged, exported."""
 
+import fcntl
 import json
 import resource
 import shutil
@@ -21,6 +22,7 @@ from megatext.training import checkpoint
 from megatext.training.cost import total_flops
 from megatext.training.run_state import check_built_on
 from megatext.training.trainer import train
+from megatext.training.validation import read_held_out
 from tests.processes import run_all
 from tests.training import toy
 from tests.training.comparison import assert_same_run, weights
@@ -307,6 +309,30 @@ def test_bf16_keeps_statistics_exact_and_exports(folder: Path, monkeypatch: pyte
 def test_export_without_a_checkpoint_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no whole checkpoint found"):
         export(tmp_path, tmp_path / "out")
+
+
+def test_one_run_at_a_time_in_a_directory(folder: Path) -> None:
+    (folder / "busy").mkdir()
+    with open(folder / "busy" / "lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="busy: another run is at work there"):
+            run_here(folder, "busy", max_steps=1)
+    run_here(folder, "busy", max_steps=1)
+    run_here(folder, "busy", max_steps=2)  # it has let go
+
+
+def test_validation_rows_are_the_same_for_every_batch(folder: Path) -> None:
+    batches = []
+    for rows in (4, 8):
+        own = {"rows_per_step": rows, "micro_batch_rows": 4, "validation_rows": 4}
+        options = [f"--training.{key}={value}" for key, value in own.items()]
+        config, _ = load_config(toy.ToyConfig, ["--config", str(folder / "toy.yaml"), *options])
+        batches.append(read_held_out(config, config.data, world=1)[0])
+    assert len(batches[0]) == len(batches[1])
+    for one, other in zip(*batches, strict=True):
+        assert torch.equal(one.tokens, other.tokens) and torch.equal(one.row_index, other.row_index)
+    with pytest.raises(ConfigError, match="training.validation_rows 4 is not a multiple of 3 process"):
+        read_held_out(config, config.data, world=3)
 
 
 def test_bad_configurations(folder: Path) -> None:
