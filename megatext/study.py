@@ -250,8 +250,14 @@ class Study:
 
 
 def _extended(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """A study's content on that of a file which several share: runs come after its own, other keys instead of them."""
-    return {**common, **own, "runs": {**common.get("runs", {}), **own.get("runs", {})}}
+    """A study's content on that of a file which several share: runs come after its own, fields of a run that both have
+    and other keys instead of its own."""
+    shared, added = common.get("runs", {}), own.get("runs", {})
+    return {
+        **common,
+        **own,
+        "runs": {name: {**shared.get(name, {}), **added.get(name, {})} for name in {**shared, **added}},
+    }
 
 
 def named_in(settings: dict[str, Any]) -> set[str]:

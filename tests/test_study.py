@@ -82,12 +82,14 @@ def test_rows_are_seeds_of_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_study_may_extend_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "common.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
-    runs = {"more": {"like": "dit", "seeds": [0]}}
+    runs: dict[str, Any] = {"more": {"like": "dit", "seeds": [0]}, "lm": {"sampling": [], "seeds": [1]}}
     own = {"extends": str(tmp_path / "common.yaml"), "work_dir": "runs/y", "runs": runs}
     names = [stage.name for stage in study(tmp_path, monkeypatch, own, only=["more"]).stages]
     assert "pretrain_more-0" in names and "pretrain_vae-3" in names and "pretrain_dit-0" not in names
     whole = study(tmp_path, monkeypatch, own)
     assert list(whole.runs) == [*STUDY["runs"], "more"] and whole.work_dir == Path("runs/y")
+    assert whole.runs["lm"].seeds == (1,) and whole.runs["lm"].launcher == "lm"  # field by field
+    assert "lm" not in whole.chosen and "dit" in whole.chosen
 
 
 def test_only_some_runs_and_what_they_stand_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
