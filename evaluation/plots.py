@@ -109,7 +109,8 @@ def quality_plot(results: dict[str, Any]) -> bytes | None:
     for point in points(results["systems"]):
         curves.setdefault(point.group, []).append(point)
     colors = dict(zip((n for n, c in curves.items() if not is_sanity(c[0].rows[0])), COLORS * 9, strict=False))
-    figure, axes = new_figure(1, len(planes), width=5.6 * len(planes), height=3.6)
+    height = max(3.6, 0.23 * len(curves))  # of the legend
+    figure, axes = new_figure(1, len(planes), width=5.6 * len(planes), height=height)
     for ax, plane in zip(axes.flat, planes, strict=True):
         _quality(ax, curves, colors, plane)
     # Beside the axes: most systems worth showing crowd near G = 0, where names would lie on each other.
