@@ -30,14 +30,15 @@ def plan_runs(options: argparse.Namespace) -> None:
 def launch_runs(options: argparse.Namespace) -> None:
     """Run what is not finished, export what is."""
     config, runs = read_plan(options.config)
+    jobs = max(1, options.jobs)
     if options.list:
-        print("\n".join(stage.shell() for stage in stages(runs, config, options.jobs)))
+        print("\n".join(stage.shell() for stage in stages(runs, config, jobs)))
         return
     try:
         if options.slurm is not None:
             print(submit(runs, config, options.slurm))
         else:
-            run_here(runs, config, max(1, options.jobs))
+            run_here(runs, config, jobs)
     finally:  # a run that failed keeps no other back
         systems = export_models(runs, config)
         finished = sum(map(is_finished, runs))

@@ -89,10 +89,8 @@ def _loss_plot(measured: Sequence[Measured], summary: dict[str, Any]) -> bytes:
             ax.plot([p.flops for p in ends], [p.loss for p in ends], "o", ms=5, color=color, label=label)
         if law := law_of(summary["systems"].get(system, {})):
             points = points_of(measured, system, summary["parameters"])
-            flops, each = (
-                np.geomspace(points.flops.min(), points.flops.max(), 50),
-                flops_per_parameter_and_token(points),
-            )
+            flops = np.geomspace(points.flops.min(), points.flops.max(), 50)
+            each = flops_per_parameter_and_token(points)
             least = [law.loss(*map(np.array, law.optimum(budget, each))) for budget in flops]
             ax.plot(flops, least, "--", color="#1f2933", lw=1.2, label="law's best size")
         ax.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="validation loss", title=system)

@@ -55,7 +55,8 @@ def stages(runs: Sequence[PlannedRun], config: PlanConfig, jobs: int) -> list[St
 
 
 def run_here(runs: Sequence[PlannedRun], config: PlanConfig, jobs: int) -> None:
-    """Run what is not finished, `jobs` at a time; a run that fails does not stop the others. Ends the program, then.
+    """Run what is not finished, `jobs` at a time; a run that fails does not stop the others; after them it ends
+    the program.
 
     Raises ConfigError for several jobs where they would meet: DeepSpeed's launcher takes the first accelerators, and
     one port for the ranks of a run.
