@@ -74,7 +74,11 @@ def batch_of(config: RunConfig) -> TokenBatch:
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_flops_are_those_of_a_step(name: str, shards: Path, tmp_path: Path, vaes: dict[str, str]) -> None:
+def test_flops_are_those_of_a_step(
+    name: str, shards: Path, tmp_path: Path, vaes: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # DeepSpeed's, which stays once ZeRO-3 ran in this process, multiplies more in checkpointed blocks
+    monkeypatch.setattr("torch.nn.functional.linear", torch._C._nn.linear)
     config = configuration(name, shards, tmp_path, vaes)
     recipe = build_recipe(config)
     recipe.module.train()
