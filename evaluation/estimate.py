@@ -1,7 +1,7 @@
 """`--dry-run`: what is to be done, what is done already, and how long the rest may take, measured on a few texts."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,26 @@ def plan_generation(manifest: Manifest, entries: Sequence[SystemEntry], settings
                 todo = [item for item in items if item_key(item) in missing]
                 seconds = _probe_writing(system, todo, entry.batch_size, settings.seed) if system.timed else 0.0
                 plan.append(Work(f"{entry.name}, {kind}", len(items), len(items) - len(todo), seconds))
+        plan += _plan_looking_closer(system, entry, continuations, settings)
     return plan
+
+
+def _plan_looking_closer(
+    system: System, entry: SystemEntry, items: Sequence[Item], settings: Settings
+) -> Iterator[Work]:
+    """The traces and likelihoods of the first texts, where the row asks for them."""
+    ways: tuple[tuple[str, int, Callable[[list[Item]], object], int], ...] = (
+        ("traces", entry.trace, lambda some: [system.trace(item, settings.seed) for item in some], 1),
+        ("likelihoods", entry.likelihood, lambda some: system.log_likelihood(some, settings.seed), 4),
+    )
+    for kind, count, find, most in ways:
+        first = items[:count]
+        if first:
+            missing = set(cache_of(system, settings, kind).missing([item_key(item) for item in first]))
+            todo = [item for item in first if item_key(item) in missing]
+            weights = [len(item.prefix) + len(item.target) for item in todo]
+            seconds = _probe(lambda places: find([todo[p] for p in places]), weights, most)  # noqa: B023
+            yield Work(f"{entry.name}, {kind}", len(first), len(first) - len(todo), seconds)
 
 
 def known_texts(manifest: Manifest, entries: Sequence[SystemEntry], settings: Settings) -> list[list[str] | None]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from evaluation.estimate import plan_generation
 from evaluation.generation import Settings, generate, generate_all, load_generations
 from evaluation.manifest import build_manifest, save_manifest
 from evaluation.report import _pick_steps, write_report
@@ -85,6 +86,23 @@ def test_a_trace_ends_in_the_text_that_is_scored(directory: tuple[Path, Path, di
     manifest = build_manifest(load_task(str(task_file)))
     found = next(item for item in load_generations(output, manifest) if item.entry.name == "DiT")
     assert [steps[-1] for steps in found.traces] == found.texts[:2]
+
+
+def test_the_plan_tells_of_traces_and_likelihoods(
+    directory: tuple[Path, Path, dict[str, Any]], task_file: Path, tiny_lm: Path, tmp_path: Path
+) -> None:
+    """Those that are asked for, and how many of them are there."""
+    manifest = build_manifest(load_task(str(task_file)))
+    model = f"model:{directory[1]}"
+
+    def plan(trace: int, likelihood: int) -> dict[str, tuple[int, int, bool]]:
+        entry = SystemEntry("DiT", model, {"steps": 3}, trace=trace, likelihood=likelihood)
+        found = plan_generation(manifest, [entry], Settings(judge=tiny_lm, cache=tmp_path / "cache"))
+        return {work.what: (work.total, work.cached, work.seconds > 0) for work in found[1:]}
+
+    assert plan(0, 0) == {}
+    assert plan(2, 3) == {"DiT, traces": (2, 2, False), "DiT, likelihoods": (3, 3, False)}
+    assert plan(3, 5) == {"DiT, traces": (3, 2, True), "DiT, likelihoods": (5, 3, True)}
 
 
 def test_rows_without_a_likelihood_say_so(task_file: Path, tmp_path: Path) -> None:
