@@ -25,6 +25,8 @@ class StudyRun:
 
     like: str = ""
     """Another run, whose fields are taken where this one has none, and whose `set` this one's is added to."""
+    model_of: str = ""
+    """Another run, whose models this one samples in further ways: nothing is trained."""
     launcher: Literal["", "lm", "vae", "dit", "cola", "ldlm"] = ""
     """launch/pretrain_*.py"""
     config: str = ""
@@ -109,7 +111,7 @@ class Study:
     def _whole(self, name: str) -> StudyRun:
         """A run with what it has from those it is like. All that it names has to stand before it."""
         run, before = self.config.runs[name], list(self.config.runs)[: list(self.config.runs).index(name)]
-        for other in [run.like, run.states, *named_in(run.set)]:
+        for other in [run.like, run.model_of, run.states, *named_in(run.set)]:
             if other:
                 self._known(other, f"runs.{name}")
                 if other not in before:
@@ -118,14 +120,27 @@ class Study:
             base = asdict(self._whole(run.like))
             own = {key: value for key, value in asdict(run).items() if value}
             run = StudyRun(**{**base, **own, "name": run.name or name, "set": {**base["set"], **run.set}, "like": ""})
+        if run.model_of:
+            return self._resampled(name, run)
         if not (run.launcher and run.config and run.seeds):
             raise ConfigError(f"{self.file}: runs.{name}: launcher, config and seeds are needed")
         return replace(run, name=run.name or name)
 
+    def _resampled(self, name: str, run: StudyRun) -> StudyRun:
+        """A run that samples the models of another."""
+        trained = self._whole(run.model_of)
+        seeds = run.seeds or trained.seeds
+        if trained.model_of or run.launcher or run.config or run.set or run.states:
+            raise ConfigError(f"{self.file}: runs.{name}: model_of names a trained run, and nothing else is set here")
+        if not set(seeds) <= set(trained.seeds):
+            raise ConfigError(f"{self.file}: runs.{name}: {run.model_of} has the seeds {list(trained.seeds)} only")
+        own = replace(trained, model_of=run.model_of, name=run.name or name, seeds=seeds)
+        return replace(own, sampling=run.sampling, unconditional=run.unconditional)
+
     def model(self, name: str, seed: int) -> Path:
         """Where a run's model of a seed is; of its first one, if it has not this one."""
         self._known(name, "{" + name + "}")
-        seeds = self.runs[name].seeds
+        name, seeds = self.runs[name].model_of or name, self.runs[name].seeds
         return self.work_dir / "models" / f"{name}-{seed if seed in seeds else seeds[0]}"
 
     def _fill(self, value: Any, seed: int) -> Any:
@@ -136,7 +151,7 @@ class Study:
     def _named(self, name: str) -> set[str]:
         """The runs that a run names."""
         run = self.runs[name]
-        return named_in(run.set) | ({run.states} if run.states else set())
+        return {run.model_of} if run.model_of else named_in(run.set) | ({run.states} if run.states else set())
 
     def _build(self) -> None:
         corpus, options = shlex.quote(self.config.corpus), self.config.options
@@ -158,10 +173,12 @@ class Study:
         self._add("manifest", f"python -m evaluation manifest --task {task} --output {self.table}",
                   writes=[self.table / "manifest.jsonl"], needs=["shard"], reads=[task])  # fmt: skip
         rows: list[dict[str, Any]] = []
-        trainings = [(i, name, seed) for name in reversed(wanted) for i, seed in enumerate(self.runs[name].seeds)]
+        seeds = {name: self.runs[self.runs[name].model_of or name].seeds for name in wanted}
+        trainings = [(seeds[name].index(s), name, s) for name in reversed(wanted) for s in self.runs[name].seeds]
         # seed by seed, so that what is there when a study is cut short can be compared
         for _, name, seed in sorted(trainings, key=lambda training: training[0]):
-            self._train(name, seed)
+            if not self.runs[name].model_of:
+                self._train(name, seed)
             if name in self.chosen and self.runs[name].sampling:
                 rows += self._write(name, seed)
         self._score(rows)
@@ -208,7 +225,7 @@ class Study:
         command = (
             f"python -m evaluation generate --systems {systems} --output {self.table} --cache {self.table / 'cache'}"
         )
-        needs = ["manifest", f"export_{name}-{seed}"]
+        needs = ["manifest", f"export_{run.model_of or name}-{seed}"]
         self._add(f"write_{name}-{seed}", command, needs=needs, reads=[systems], continues=True)
         return rows
 

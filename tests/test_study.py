@@ -80,6 +80,21 @@ def test_rows_are_seeds_of_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert order == [f"pretrain_{name}" for name in ("lm-0", "vae-3", "dit-0", "other-1", "lm-1", "dit-1")]
 
 
+def test_a_run_may_sample_the_models_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is trained for it, and what it samples is trained even where that is not in the table."""
+    runs = {**STUDY["runs"], "guided": {"model_of": "dit", "seeds": [1], "sampling": [{"guidance_scale": 3.0}]}}
+    found = study(tmp_path, monkeypatch, {**STUDY, "runs": runs}, only=["guided"], judge="judge_dir")
+    names = [stage.name for stage in found.stages]
+    assert "pretrain_dit-1" in names and "pretrain_guided-1" not in names and "export_guided-1" not in names
+    assert [name for name in names if name.startswith("write_")] == ["write_guided-1"]
+    write = next(stage for stage in found.stages if stage.name == "write_guided-1")
+    assert set(write.needs) == {"manifest", "export_dit-1"}
+    rows = [row for row in json.loads(found.files[Path("runs/x/systems.yaml")]) if "group" in row]
+    assert [(row["name"], row["system"]) for row in rows] == [
+        ("guided guidance_scale=3.0 seed=1", "model:runs/x/models/dit-1")
+    ]
+
+
 def test_a_study_may_extend_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "common.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
     runs: dict[str, Any] = {"more": {"like": "dit", "seeds": [0]}, "lm": {"sampling": [], "seeds": [1]}}
@@ -107,6 +122,9 @@ def test_only_some_runs_and_what_they_stand_on(tmp_path: Path, monkeypatch: pyte
     [
         ({"runs": {"a": {"launcher": "lm"}}}, "runs.a: launcher, config and seeds are needed"),
         ({"runs": {"a": {"like": "b"}}}, "no run is called b"),
+        ({"runs": {"a": {"model_of": "b"}}}, "no run is called b"),
+        ({"runs": {**STUDY["runs"], "a": {"model_of": "dit", "seeds": [2]}}}, r"dit has the seeds \[0, 1\] only"),
+        ({"runs": {**STUDY["runs"], "a": {"model_of": "dit", "set": {"seed": 1}}}}, "nothing else is set here"),
         ({"runs": {"a": {"sedes": [1]}}}, "unknown key 'runs.a.sedes'; did you mean 'runs.a.seeds'"),
         ({"runs": {"a": {**STUDY["runs"]["dit"], "set": {"dit.vae": "{nothing}"}}}}, "no run is called nothing"),
         ({"runs": {"a": {"like": "b"}, "b": {"like": "a"}}}, "names b, which has to stand before it"),
