@@ -15,7 +15,6 @@ from megatext.scaling.plan import aligned, short
 from megatext.scaling.summary import flops_per_parameter_and_token, law_of, points_of, table
 
 PANEL = {"width": 5.2, "height": 3.5}
-EXA = 1e18
 TITLES = {
     "loss": "Loss against compute",
     "iso_flop": "Iso-FLOP curves",
@@ -94,8 +93,18 @@ def _loss_plot(measured: Sequence[Measured], summary: dict[str, Any]) -> bytes:
             least = [law.loss(*map(np.array, law.optimum(budget, each))) for budget in flops]
             ax.plot(flops, least, "--", color="#1f2933", lw=1.2, label="law's best size")
         ax.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="validation loss", title=system)
+        _plain_ticks(ax)
         ax.legend(fontsize=7, frameon=False)
     return to_png(figure)
+
+
+def _plain_ticks(ax: Any) -> None:
+    """Losses span less than a decade: a logarithmic axis would have a tick or none."""
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
+    ax.yaxis.set_major_locator(MaxNLocator(6))
+    ax.yaxis.set_major_formatter("{x:.3g}")
+    ax.yaxis.set_minor_locator(NullLocator())
 
 
 def _iso_flop_plot(measured: Sequence[Measured], summary: dict[str, Any]) -> bytes:
@@ -156,10 +165,10 @@ def _metrics_plot(measured: Sequence[Measured], keys: Sequence[str]) -> bytes:
             of_budgets = [[p for p in scored if p.budget_flops == b] for b in sorted({p.budget_flops for p in scored})]
             best = [min(points, key=lambda p: p.loss) for points in of_budgets]
             for points, look in ((scored, "o"), (best, "-")):
-                across = [(p.flops + (p.ancestor_flops or 0)) / EXA for p in points]
+                across = [p.flops + (p.ancestor_flops or 0) for p in points]
                 label = system if look == "-" else None
                 ax.plot(across, [_metric(p, key) for p in points], look, ms=4, lw=1.2, color=color, label=label)
-        ax.set(xscale="log", xlabel="EFLOPs", ylabel=METRICS[key])
+        ax.set(xscale="log", xlabel="training FLOPs, with all that it stands on", ylabel=METRICS[key])
         ax.legend(fontsize=7, frameon=False)
     return to_png(figure)
 
