@@ -54,6 +54,8 @@ class System:
     """Beside the plan's."""
     step_shares: dict[str, float] = field(default_factory=dict)
     """Beside the plan's."""
+    widths: tuple[int, ...] = ()
+    """The sizes of the ladder that it takes; empty: all."""
     loss: str = "validation_ema/loss"
     """The record of metrics.jsonl that is fitted."""
     sampling: tuple[dict[str, Any], ...] = ({},)
@@ -119,8 +121,10 @@ class PlanConfig:
         widths = [size.width for size in self.ladder]
         if len(set(widths)) < len(widths):
             raise ConfigError("ladder: two sizes have one width, which names them")
-        if unknown := {width for budget in self.budgets for width in budget.widths} - set(widths):
-            raise ConfigError(f"budgets: no size of the ladder has the width {', '.join(map(str, sorted(unknown)))}")
+        for key, chosen in (("budgets", self.budgets), ("systems", self.systems.values())):
+            if unknown := {width for each in chosen for width in each.widths} - set(widths):
+                unknown_widths = ", ".join(map(str, sorted(unknown)))
+                raise ConfigError(f"{key}: no size of the ladder has the width {unknown_widths}")
         flops = [budget.flops for budget in self.budgets]
         if self.validations < 1 or self.device.processes < 1 or not all(each > 0 for each in flops):
             raise ConfigError("validations, device.processes and the budgets' FLOPs have to be positive")

@@ -104,6 +104,8 @@ class Plan:
         self.configs: list[RunConfig] = []
         for name, system in self.config.systems.items():
             for size in self.config.ladder:
+                if system.widths and size.width not in system.widths:
+                    continue
                 sized = self._sized(name, system, size)
                 for flops in self._targets(size, sized):
                     config = self._configured(name, sized, flops)

@@ -120,6 +120,15 @@ def test_a_budget_of_some_sizes_only(tmp_path: Path, shards: Path) -> None:
     assert [(run.width, run.budget_flops) for run in plan.runs] == [(32, 1e9), (64, 1e9), (64, 4e9)]
 
 
+def test_a_system_of_some_sizes_only(tmp_path: Path, shards: Path) -> None:
+    config = str(tmp_path / "lm.yaml")
+    systems = {"AR": {"launcher": "lm", "config": config}, "wide": {"launcher": "lm", "config": config, "widths": [64]}}
+    plan = Plan(write_plan(tmp_path, shards, systems=systems, budgets=[{"flops": 1e9}, {"flops": 4e9, "widths": [32]}]))
+    assert [(run.system, run.width, run.budget_flops) for run in plan.runs] == [
+        ("AR", 32, 1e9), ("AR", 32, 4e9), ("AR", 64, 1e9), ("wide", 64, 1e9),
+    ]  # fmt: skip
+
+
 def test_the_identity_is_of_what_makes_a_difference(tmp_path: Path, shards: Path) -> None:
     first = [run.name for run in Plan(write_plan(tmp_path, shards)).runs]
     logged = {"data.shards": str(shards), "logging.log_every_steps": 3}
@@ -149,7 +158,11 @@ def test_the_identity_is_of_what_is_read_too(tmp_path: Path, shards: Path) -> No
         ({"budgets": None}, "either budgets or tokens_per_parameter"),
         ({"tokens_per_parameter": [1.0]}, "either budgets or tokens_per_parameter"),
         ({"ladder": [{"width": 32}, {"width": 32, "layers": 2}]}, "two sizes have one width"),
-        ({"budgets": [{"flops": 1e9, "widths": [48]}]}, "no size of the ladder has the width 48"),
+        ({"budgets": [{"flops": 1e9, "widths": [48]}]}, "budgets: no size of the ladder has the width 48"),
+        (
+            {"systems": {"AR": {"launcher": "lm", "config": "lm.yaml", "widths": [96]}}},
+            "systems: no size of the ladder has the width 96",
+        ),
         ({"budgets": [{"flops": 1e6}]}, "1e.06 FLOPs are 0 steps of AR at 4 rows, fewer than validations"),
         ({"rules": {"optimizer.name": {"width": 1.0}}}, "rules: optimizer.name of .* is 'adamw', not a number"),
         ({"rules": {"optimizer.learning_rate": {"flops": 1.0}}}, "rules that follow the budget need reference_flops"),
