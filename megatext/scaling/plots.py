@@ -76,10 +76,12 @@ def _loss_plot(measured: Sequence[Measured], summary: dict[str, Any]) -> bytes:
     """A panel a system, whose losses are of different kinds: a curve a run, one colour a width, and the frontier of the
     law."""
     figure, _, panels = _panels(_systems(measured))
+    widths = sorted({point.width for point in measured})
     for ax, system in panels:
-        of_system = [point for point in measured if point.system == system]
-        for color, width in zip(COLORS * 9, sorted({point.width for point in of_system}), strict=False):
-            of_width = [point for point in of_system if point.width == width]
+        for color, width in zip(COLORS * 9, widths, strict=False):
+            of_width = [point for point in measured if (point.system, point.width) == (system, width)]
+            if not of_width:
+                continue
             for run in dict.fromkeys(point.run for point in of_width):
                 curve = [point for point in of_width if point.run == run]
                 ax.plot([p.flops for p in curve], [p.loss for p in curve], color=color, lw=0.8, alpha=0.5)
@@ -103,12 +105,14 @@ def _plain_ticks(ax: Any) -> None:
     from matplotlib.ticker import MaxNLocator, NullLocator
 
     ax.yaxis.set_major_locator(MaxNLocator(6))
-    ax.yaxis.set_major_formatter("{x:.3g}")
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_locator(NullLocator())
 
 
 def _iso_flop_plot(measured: Sequence[Measured], summary: dict[str, Any]) -> bytes:
     """A panel a system: the losses of each budget over the size, their parabola, and its least."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     figure, _, panels = _panels([name for name in _systems(measured) if name in summary["systems"]])
     for ax, system in panels:
         points = points_of(measured, system, summary["parameters"])
@@ -127,6 +131,9 @@ def _iso_flop_plot(measured: Sequence[Measured], summary: dict[str, Any]) -> byt
                 ax.plot(found["parameters"]["value"], found["loss"]["value"], "*", ms=11, color=color)
         name = "parameters" if summary["parameters"] == "all" else "parameters without embeddings"
         ax.set(xscale="log", xlabel=f"{name} (star: least of the parabola)", ylabel="validation loss", title=system)
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(lambda size, _: short(size))
+        ax.xaxis.set_minor_locator(NullLocator())
         ax.legend(fontsize=7, frameon=False)
     return to_png(figure)
 
