@@ -46,11 +46,11 @@ def plan_generation(manifest: Manifest, entries: Sequence[SystemEntry], settings
                 todo = [item for item in items if item_key(item) in missing]
                 seconds = _probe_writing(system, todo, entry.batch_size, settings.seed) if system.timed else 0.0
                 plan.append(Work(f"{entry.name}, {kind}", len(items), len(items) - len(todo), seconds))
-        plan += _plan_looking_closer(system, entry, continuations, settings)
+        plan += _plan_traces_and_likelihoods(system, entry, continuations, settings)
     return plan
 
 
-def _plan_looking_closer(
+def _plan_traces_and_likelihoods(
     system: System, entry: SystemEntry, items: Sequence[Item], settings: Settings
 ) -> Iterator[Work]:
     """The traces and likelihoods of the first texts, where the row asks for them."""
