@@ -35,7 +35,8 @@ class Work:
 
 
 def plan_generation(manifest: Manifest, entries: Sequence[SystemEntry], settings: Settings) -> list[Work]:
-    """What `generate` would do. Writes some shortened texts with each system that is not cached, and keeps none."""
+    """What `generate` would do. Writes some shortened texts with each system that is not cached, looks
+    closer at a few whole ones where rows ask for it, and keeps none."""
     plan = []
     for entry in entries:
         system = open_system(entry, manifest, judge=settings.judge, device=settings.device)

@@ -116,6 +116,8 @@ class Study:
                 self._known(other, f"runs.{name}")
                 if other not in before:
                     raise ConfigError(f"{self.file}: runs.{name} names {other}, which has to stand before it")
+                if other != run.model_of and self.config.runs[other].model_of:
+                    raise ConfigError(f"{self.file}: runs.{name} names {other}, which samples another run's models")
         if run.like:
             base = asdict(self._whole(run.like))
             own = {key: value for key, value in asdict(run).items() if value}
@@ -130,8 +132,11 @@ class Study:
         """A run that samples the models of another."""
         trained = self._whole(run.model_of)
         seeds = run.seeds or trained.seeds
-        if trained.model_of or run.launcher or run.config or run.set or run.states:
-            raise ConfigError(f"{self.file}: runs.{name}: model_of names a trained run, and nothing else is set here")
+        if trained.model_of or run.like or run.launcher or run.config or run.set or run.states or not run.sampling:
+            raise ConfigError(
+                f"{self.file}: runs.{name}: model_of names a run that is trained, and goes with sampling, "
+                "name, seeds and unconditional only"
+            )
         if not set(seeds) <= set(trained.seeds):
             raise ConfigError(f"{self.file}: runs.{name}: {run.model_of} has the seeds {list(trained.seeds)} only")
         own = replace(trained, model_of=run.model_of, name=run.name or name, seeds=seeds)

@@ -123,8 +123,16 @@ def test_only_some_runs_and_what_they_stand_on(tmp_path: Path, monkeypatch: pyte
         ({"runs": {"a": {"launcher": "lm"}}}, "runs.a: launcher, config and seeds are needed"),
         ({"runs": {"a": {"like": "b"}}}, "no run is called b"),
         ({"runs": {"a": {"model_of": "b"}}}, "no run is called b"),
-        ({"runs": {**STUDY["runs"], "a": {"model_of": "dit", "seeds": [2]}}}, r"dit has the seeds \[0, 1\] only"),
-        ({"runs": {**STUDY["runs"], "a": {"model_of": "dit", "set": {"seed": 1}}}}, "nothing else is set here"),
+        ({"runs": {**STUDY["runs"], "a": {"model_of": "dit"}}}, "goes with sampling"),
+        (
+            {"runs": {**STUDY["runs"], "a": {"model_of": "dit", "sampling": [{}]}, "b": {"like": "a"}}},
+            "b names a, which samples another run's models",
+        ),
+        (
+            {"runs": {**STUDY["runs"], "a": {"model_of": "dit", "seeds": [2], "sampling": [{}]}}},
+            r"dit has the seeds \[0, 1\] only",
+        ),
+        ({"runs": {**STUDY["runs"], "a": {"model_of": "dit", "set": {"seed": 1}}}}, "goes with sampling"),
         ({"runs": {"a": {"sedes": [1]}}}, "unknown key 'runs.a.sedes'; did you mean 'runs.a.seeds'"),
         ({"runs": {"a": {**STUDY["runs"]["dit"], "set": {"dit.vae": "{nothing}"}}}}, "no run is called nothing"),
         ({"runs": {"a": {"like": "b"}, "b": {"like": "a"}}}, "names b, which has to stand before it"),

@@ -103,6 +103,7 @@ class Plan:
         self.runs: list[PlannedRun] = []
         self.configs: list[RunConfig] = []
         for name, system in self.config.systems.items():
+            before = len(self.runs)
             for size in self.config.ladder:
                 if system.widths and size.width not in system.widths:
                     continue
@@ -111,6 +112,8 @@ class Plan:
                     config = self._configured(name, sized, flops)
                     self.runs.append(self._cost(name, sized, config, flops))
                     self.configs.append(dataclasses.replace(config, run_dir=self.runs[-1].run_dir))
+            if len(self.runs) == before:
+                raise ConfigError(f"{file}: systems.{name}: no budget has any of its widths")
         names = [run.name for run in self.runs]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(f"{file}: two runs are the same: {', '.join(twice)}")

@@ -101,9 +101,12 @@ def _loss_plot(measured: Sequence[Measured], summary: dict[str, Any]) -> bytes:
 
 
 def _plain_ticks(ax: Any) -> None:
-    """Losses span less than a decade: a logarithmic axis would have a tick or none."""
+    """Where losses span less than a decade: a logarithmic axis would have a tick or none."""
     from matplotlib.ticker import MaxNLocator, NullLocator
 
+    low, high = ax.get_ylim()
+    if high > 10 * low:
+        return
     ax.yaxis.set_major_locator(MaxNLocator(6))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_locator(NullLocator())
@@ -175,7 +178,7 @@ def _metrics_plot(measured: Sequence[Measured], keys: Sequence[str]) -> bytes:
                 across = [p.flops + (p.ancestor_flops or 0) for p in points]
                 label = system if look == "-" else None
                 ax.plot(across, [_metric(p, key) for p in points], look, ms=4, lw=1.2, color=color, label=label)
-        ax.set(xscale="log", xlabel="training FLOPs, with all that it stands on", ylabel=METRICS[key])
+        ax.set(xscale="log", xlabel="training FLOPs, with what it stands on where known", ylabel=METRICS[key])
         ax.legend(fontsize=7, frameon=False)
     return to_png(figure)
 

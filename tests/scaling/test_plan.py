@@ -127,6 +127,8 @@ def test_a_system_of_some_sizes_only(tmp_path: Path, shards: Path) -> None:
     assert [(run.system, run.width, run.budget_flops) for run in plan.runs] == [
         ("AR", 32, 1e9), ("AR", 32, 4e9), ("AR", 64, 1e9), ("wide", 64, 1e9),
     ]  # fmt: skip
+    with pytest.raises(ConfigError, match="systems.wide: no budget has any of its widths"):
+        Plan(write_plan(tmp_path, shards, systems=systems, budgets=[{"flops": 1e9, "widths": [32]}]))
 
 
 def test_the_identity_is_of_what_makes_a_difference(tmp_path: Path, shards: Path) -> None:
