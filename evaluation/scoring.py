@@ -143,7 +143,8 @@ def score(
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Score and write `results.json` and `samples.jsonl`; returns the results. Equal inputs are not scored again."""
-    from evaluation.scorers import FAMILIES, Scoring, likelihood
+    from evaluation.metric_table import Scoring
+    from evaluation.scorers import FAMILIES, likelihood
 
     refuse_other_manifests(generations, manifest, output)
     for what in ("seed", "length"):

@@ -132,7 +132,7 @@ class Study:
         """A run that samples the models of another."""
         trained = self._whole(run.model_of)
         seeds = run.seeds or trained.seeds
-        if trained.model_of or run.like or run.launcher or run.config or run.set or run.states or not run.sampling:
+        if trained.model_of or run.launcher or run.config or run.set or run.states or not run.sampling:
             raise ConfigError(
                 f"{self.file}: runs.{name}: model_of names a run that is trained, and goes with sampling, "
                 "name, seeds and unconditional only"

@@ -129,6 +129,16 @@ def test_only_some_runs_and_what_they_stand_on(tmp_path: Path, monkeypatch: pyte
             "b names a, which samples another run's models",
         ),
         (
+            {
+                "runs": {
+                    **STUDY["runs"],
+                    "a": {"model_of": "dit", "sampling": [{}]},
+                    "b": {"model_of": "a", "sampling": [{}]},
+                }
+            },
+            "b: model_of names a run that is trained",
+        ),
+        (
             {"runs": {**STUDY["runs"], "a": {"model_of": "dit", "seeds": [2], "sampling": [{}]}}},
             r"dit has the seeds \[0, 1\] only",
         ),
