@@ -305,10 +305,16 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _compute(arguments: argparse.Namespace) -> None:
+    from evaluation.files import atomic_write
     from evaluation.multiplier import multiplier_table, multipliers
+    from evaluation.plots import multiplier_plot
     from evaluation.scoring import load_results
 
-    print(multiplier_table(multipliers(load_results(arguments.output), arguments.baseline, arguments.tolerance)))
+    results = load_results(arguments.output)
+    found = multipliers(results, arguments.baseline, arguments.tolerance)
+    plot = arguments.output / "plots" / "multiplier.png"
+    atomic_write(plot, multiplier_plot(results, arguments.baseline, found))
+    print(f"{multiplier_table(found)}\n{plot}")
 
 
 def _report(arguments: argparse.Namespace) -> None:

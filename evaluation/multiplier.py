@@ -6,13 +6,19 @@ G is linear in the entropy, between budgets in the logarithm of FLOPs. Beyond th
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from evaluation.seeds import Point, points
 from megatext.data import DataError
+
+DRAWS = 1000
+"""Of the normal errors of all G, for an interval."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,7 @@ class Multiplier:
     """Of one system with one way to sample it."""
 
     name: str
+    group: str
     flops: float
     """Of its training and all that it stands on."""
     gap: float
@@ -28,19 +35,25 @@ class Multiplier:
     """Its FLOPs over the baseline's; None where even the sign of the comparison is open."""
     relation: str
     """`=`, or `>` where the baseline writes better even at its least budget, `<` where worse even at its largest."""
+    interval: tuple[float, float] | None
+    """95 % by the errors of G, of the system's and the baseline's alike: inf or 0 where an end is beyond the budgets;
+    None of a bound, or where an error is not told."""
 
 
 @dataclass(frozen=True)
 class _Budget:
-    """A baseline's runs of one budget: entropy and G of its samplings, ascending in entropy."""
+    """A baseline's runs of one budget: entropies of its samplings, ascending, their G and its standard errors."""
 
     flops: float
-    spots: list[tuple[float, float]]
+    entropies: list[float]
+    gaps: list[float]
+    errors: list[float]
 
-    def gap_at(self, entropy: float, tolerance: float) -> float | None:
+    def gap_at(self, entropy: float, tolerance: float, gaps: Sequence[float]) -> float | None:
         """G at an entropy, of the nearest sampling where none is above or below; None where that is too far away."""
-        below = [spot for spot in self.spots if spot[0] <= entropy]
-        above = [spot for spot in self.spots if spot[0] >= entropy]
+        spots = list(zip(self.entropies, gaps, strict=True))
+        below = [spot for spot in spots if spot[0] <= entropy]
+        above = [spot for spot in spots if spot[0] >= entropy]
         if below and above:
             (x0, y0), (x1, y1) = below[-1], above[0]
             return y0 if x1 == x0 else y0 + (entropy - x0) / (x1 - x0) * (y1 - y0)
@@ -61,17 +74,19 @@ def multipliers(results: dict[str, Any], baseline: Sequence[str], tolerance: flo
         if point.group in baseline or any(point.value(key) is None for key in ("training_pflops", "gap", "entropy")):
             continue
         flops, gap, entropy = (_mean(point, key) for key in ("training_pflops", "gap", "entropy"))
-        reference = [(b.flops, g) for b in budgets if (g := b.gap_at(entropy, tolerance)) is not None]
-        equal, relation = _flops_for(reference, gap)
-        found.append(Multiplier(point.name, flops, gap, entropy, None if equal is None else flops / equal, relation))
+        equal, relation = _flops_for(budgets, [budget.gaps for budget in budgets], gap, entropy, tolerance)
+        value = None if equal is None else flops / equal
+        interval = _interval(budgets, point, tolerance) if relation == "=" else None
+        found.append(Multiplier(point.name, point.group, flops, gap, entropy, value, relation, interval))
     return found
 
 
 def _budget(name: str, rows: list[Point]) -> _Budget:
     if not rows:
         raise DataError(f"--baseline {name}: no row has this group")
-    spots = sorted((_mean(point, "entropy"), _mean(point, "gap")) for point in rows)
-    return _Budget(_mean(rows[0], "training_pflops"), spots)
+    spots = sorted((_mean(point, "entropy"), _mean(point, "gap"), _error(point)) for point in rows)
+    entropies, gaps, errors = map(list, zip(*spots, strict=True))
+    return _Budget(_mean(rows[0], "training_pflops"), entropies, gaps, errors)
 
 
 def _mean(point: Point, key: str) -> float:
@@ -83,8 +98,25 @@ def _mean(point: Point, key: str) -> float:
     return found[0] * (1e15 if key == "training_pflops" else 1.0)
 
 
-def _flops_for(reference: list[tuple[float, float]], gap: float) -> tuple[float | None, str]:
-    """(FLOPs, relation) at which a baseline of (FLOPs, G), ascending in FLOPs, has this G for the first time."""
+def _error(point: Point) -> float:
+    """The standard error of the mean G, of texts, or of seeds where these lie further apart; nan where none is told."""
+    own = [row["metrics"]["gap"].get("spread") for row in point.rows]
+    if None in own:
+        return math.nan
+    between = statistics.variance(row["metrics"]["gap"]["value"] for row in point.rows) if len(own) > 1 else 0.0
+    return math.sqrt(max(statistics.fmean(error**2 for error in own), between) / len(own))
+
+
+def _flops_for(
+    budgets: Sequence[_Budget], gaps: Sequence[Sequence[float]], gap: float, entropy: float, tolerance: float
+) -> tuple[float | None, str]:
+    """(FLOPs, relation) at which a baseline, `budgets` ascending in FLOPs with these `gaps`, has this G for the first
+    time."""
+    reference = [
+        (budget.flops, found)
+        for budget, own in zip(budgets, gaps, strict=True)
+        if (found := budget.gap_at(entropy, tolerance, own)) is not None
+    ]
     if not reference:
         return None, "?"
     if gap >= reference[0][1]:
@@ -96,11 +128,31 @@ def _flops_for(reference: list[tuple[float, float]], gap: float) -> tuple[float 
     return reference[-1][0], "<"
 
 
+def _interval(budgets: Sequence[_Budget], point: Point, tolerance: float) -> tuple[float, float] | None:
+    """95 % of the multiplier over normal errors of all G, drawn independently: the texts continue the same prefixes,
+    so their errors go together in truth, and the interval is rather too wide."""
+    own = _error(point)
+    if math.isnan(own + sum(error for budget in budgets for error in budget.errors)):
+        return None
+    flops, gap, entropy = (_mean(point, key) for key in ("training_pflops", "gap", "entropy"))
+    noise, values = np.random.default_rng(0), []
+    for _ in range(DRAWS):
+        drawn = [[noise.normal(g, e) for g, e in zip(b.gaps, b.errors, strict=True)] for b in budgets]
+        equal, relation = _flops_for(budgets, drawn, noise.normal(gap, own), entropy, tolerance)
+        assert equal is not None
+        values.append({">": math.inf, "<": 0.0}.get(relation, flops / equal))
+    low, high = np.quantile(values, (0.025, 0.975), method="inverted_cdf")
+    return float(low), float(high)
+
+
 def multiplier_table(found: Sequence[Multiplier]) -> str:
     """Aligned lines for a terminal."""
     width = max((len(each.name) for each in found), default=6)
     lines = [f"{'system':{width}}  {'FLOPs':>9}  {'G':>6}  {'entropy':>7}  multiplier"]
     for each in found:
         value = "no baseline at this entropy" if each.value is None else f"{each.relation} {each.value:.2f}"
+        if each.interval:
+            low, high = each.interval
+            value += f" (95 %: {low:.2f} to {'?' if math.isinf(high) else f'{high:.2f}'})"
         lines.append(f"{each.name:{width}}  {each.flops:9.2e}  {each.gap:6.3f}  {each.entropy:7.2f}  {value}")
     return "\n".join(lines)

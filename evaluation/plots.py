@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.files import read_log
+from evaluation.multiplier import Multiplier
 from evaluation.seeds import Point, points
 from evaluation.table import BY_KEY, number
 
@@ -141,6 +143,49 @@ def _spot(point: Point, plane: tuple[str, str, str, str]) -> tuple[tuple[float, 
         return None
     own = point.rows[0]["metrics"][plane[1]].get("spread") if len(point.rows) == 1 else y[1]
     return (x[0], x[1] or 0.0), (y[0], own or 0.0)
+
+
+def multiplier_plot(results: dict[str, Any], baseline: Sequence[str], found: Sequence[Multiplier]) -> bytes:
+    """G against FLOPs of training, the baseline in grey, a line a sampling, and the multipliers of `found`: bounds as
+    arrows, intervals as bars. Groups of the same name but for a number at its end are one system."""
+    figure, (axes,) = new_figure(1, 2, width=11, height=4.2)
+    for spots in _by_sampling([point for point in points(results["systems"]) if point.group in baseline]):
+        axes[0].plot(*zip(*spots, strict=True), color=_GREY, marker=".", lw=0.8, alpha=0.7)
+    axes[0].plot([], [], color=_GREY, marker=".", lw=0.8, label=f"{_without_number(baseline[0])}, every sampling")
+    names = list(dict.fromkeys(_without_number(each.group) for each in found))
+    for name, color in zip(names, COLORS * 9, strict=False):
+        rows = [each for each in found if _without_number(each.group) == name]
+        axes[0].plot([e.flops for e in rows], [e.gap for e in rows], "o", ms=5, color=color, label=name)
+        for each in rows:
+            if each.value is None:
+                continue
+            marker = {"=": "o", ">": "^", "<": "v"}[each.relation]
+            axes[1].plot(each.flops, each.value, marker, ms=6, color=color)
+            if each.interval:
+                low, high = (min(max(end, each.value / 20), each.value * 20) for end in each.interval)
+                axes[1].plot((each.flops, each.flops), (low, high), color=color, lw=1)
+    axes[0].set(xscale="log", xlabel="FLOPs of training, all that a model stands on", ylabel="judge gap G")
+    axes[1].set(
+        xscale="log", yscale="log", xlabel=axes[0].get_xlabel(), ylabel="compute multiplier (▲ at least, ▼ at most)"
+    )
+    axes[1].axhline(1, color=_GREY, lw=0.8, ls="--")
+    axes[0].legend(fontsize=8, frameon=False)
+    return to_png(figure)
+
+
+def _by_sampling(rows: Sequence[Point]) -> list[list[tuple[float, float]]]:
+    """(FLOPs, G) of the points of each sampling, ascending."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for point in rows:
+        flops, gap = point.value("training_pflops"), point.value("gap")
+        if flops and gap:
+            spots = found.setdefault(json.dumps(point.rows[0]["sampling"], sort_keys=True), [])
+            spots.append((flops[0] * 1e15, gap[0]))
+    return [sorted(spots) for spots in found.values()]
+
+
+def _without_number(group: str) -> str:
+    return re.sub(r"\s+\d+$", "", group)
 
 
 def loss_plot(run: Path) -> bytes | None:

@@ -1,17 +1,25 @@
 """The compute multiplier on curves that are known."""
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from evaluation.__main__ import main
 from evaluation.multiplier import multiplier_table, multipliers
 from megatext.data import DataError
 
 
 def row(
-    group: str, pflops: float, gap: float, entropy: float, sampling: dict[str, Any] | None = None
+    group: str,
+    pflops: float,
+    gap: float,
+    entropy: float,
+    sampling: dict[str, Any] | None = None,
+    error: float | None = None,
 ) -> dict[str, Any]:
-    metrics = {"gap": {"value": gap}, "entropy": {"value": entropy}}
+    metrics = {"gap": {"value": gap, "spread": error}, "entropy": {"value": entropy}}
     sampling = sampling or {}
     return {
         "name": f"{group} {gap}",
@@ -22,9 +30,9 @@ def row(
     }
 
 
-def baseline(budget: float, gap: float) -> list[dict[str, Any]]:
+def baseline(budget: float, gap: float, error: float | None = None) -> list[dict[str, Any]]:
     """At entropies 5 and 6, G falls by 0.2 a nat."""
-    return [row(f"AR {budget}", budget, gap - 0.2 * (6 - h), h, {"temperature": h}) for h in (5.0, 6.0)]
+    return [row(f"AR {budget}", budget, gap - 0.2 * (6 - h), h, {"temperature": h}, error) for h in (5.0, 6.0)]
 
 
 def test_a_system_between_two_budgets_and_two_temperatures() -> None:
@@ -57,6 +65,42 @@ def test_beyond_what_was_measured_a_bound(gap: float, entropy: float, relation: 
     assert found.relation == relation
     if value is not None or relation == "?":
         assert found.value == (None if value is None else pytest.approx(value))
+
+
+def test_an_interval_by_the_errors_of_g() -> None:
+    """Log2 of the FLOPs falls by 20 over a G of 1: an error of .01 makes a factor of 2^(.2 x 1.96) = 1.31 (95 %)."""
+    exact = [*baseline(1, 0.5, 0.0), *baseline(16, 0.3, 0.0)]
+    (found,) = multipliers({"systems": [*exact, row("ours", 12, 0.3, 5.5, error=0.01)]}, ["AR 1", "AR 16"])
+    assert found.interval == (pytest.approx(3 / 1.312, rel=0.05), pytest.approx(3 * 1.312, rel=0.05))
+    assert f"(95 %: {found.interval[0]:.2f} to" in multiplier_table([found])
+    # the baseline's own errors: at half way between two temperatures and two budgets each, .02 / 2
+    rough = [*baseline(1, 0.5, 0.02), *baseline(16, 0.3, 0.02), row("ours", 12, 0.3, 5.5, error=0.0)]
+    (found,) = multipliers({"systems": rough}, ["AR 1", "AR 16"])
+    assert found.interval == (pytest.approx(3 / 1.312, rel=0.08), pytest.approx(3 * 1.312, rel=0.08))
+
+
+def test_an_interval_of_seeds_and_one_beyond_the_budgets() -> None:
+    exact = [*baseline(1, 0.5, 0.0), *baseline(16, 0.3, 0.0)]
+    # four seeds .02 apart in standard deviation, whose texts say .001: .01
+    seeds = [row("ours", 12, 0.3 + step, 5.5, error=0.001) for step in (-0.0173, -0.0173, 0.0173, 0.0173)]
+    (found,) = multipliers({"systems": [*exact, *seeds]}, ["AR 1", "AR 16"])
+    assert found.interval == (pytest.approx(3 / 1.312, rel=0.05), pytest.approx(3 * 1.312, rel=0.05))
+    (found,) = multipliers({"systems": [*exact, row("ours", 12, 0.395, 5.5, error=0.01)]}, ["AR 1", "AR 16"])
+    assert found.interval is not None and found.interval[1] == math.inf and "to ?)" in multiplier_table([found])
+    (found,) = multipliers({"systems": [*exact, row("ours", 12, 0.5, 5.5, error=0.01)]}, ["AR 1", "AR 16"])
+    assert found.relation == ">" and found.interval is None
+
+
+def test_the_command_prints_the_table_and_draws_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [*baseline(1, 0.5, 0.0), *baseline(16, 0.3, 0.0), row("ours 1", 12, 0.3, 5.5, error=0.01)]
+    rows += [row("ours 2", 24, 0.28, 5.5), row("theirs", 5, 0.9, 5.5), row("quiet", 5, 0.9, 1.0)]
+    monkeypatch.setattr("evaluation.scoring.load_results", lambda output: {"systems": rows})
+    main(["compute", "--output", str(tmp_path), "--baseline", "AR 1", "AR 16"])
+    printed = capsys.readouterr().out
+    assert "= 3.00" in printed and "> 5.00" in printed and "no baseline at this entropy" in printed
+    assert (tmp_path / "plots" / "multiplier.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_is_missing_is_told() -> None:
