@@ -1,6 +1,6 @@
 """The denoiser in training: its losses, and what it has to stay below. TextDiT, Cola DLM and LDLM share it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from megatext.flow.paths import Path as NoisePath
 from megatext.flow.paths import path_from_name
 from megatext.flow.solvers import euler_step
 from megatext.flow.timesteps import AdaptiveTimesteps, TimestepConfig
-from megatext.nn.attention import Mask
+from megatext.nn.attention import KeysValues, Mask
 from megatext.nn.dit import TextDiT, TextDiTConfig
 from megatext.nn.layout import CONTEXT, Layout
 from megatext.nn.perceiver import LatentAutoencoder
@@ -70,7 +70,7 @@ class TextDiTTraining(nn.Module):
         self_condition: bool,
         alone: Tensor | None = None,
         earlier_timesteps: Tensor | None = None,
-        history: "History | None" = None,
+        history: History | None = None,
         neighbours: Tensor | None = None,
     ) -> Output:
         """`latents` (clean) and `noise` float32 `[rows, columns, channels]`; `tokens`, `timestep_index`, `layout`,
@@ -78,19 +78,7 @@ class TextDiTTraining(nn.Module):
         the data; `history` the clean copy that two-stream training attends to."""
         t = timesteps[timestep_index]
         noisy = self.path.interpolate(latents, noise, t)
-        past = None
-        if history is not None:
-            # keys and values with gradient: the clean copy runs once, whatever is denoised beside it
-            _, past = self.network(
-                history.latents,
-                timesteps[:1],
-                torch.zeros_like(history.layout.position),
-                history.layout.position,
-                torch.zeros_like(history.layout.real),
-                history.mask,
-                tokens=history.tokens,
-                predict=False,
-            )
+        past = None if history is None else self._past(history, timesteps)
         target = layout.role != CONTEXT
 
         def predict(z: Tensor, times: Tensor, previous: Tensor | None) -> Tensor:
@@ -115,9 +103,7 @@ class TextDiTTraining(nn.Module):
         per_token = self._own_loss(predicted, noisy, latents, noise, tokens, t)
         if self.timesteps is not None and self.training:
             self.timesteps.observe(per_token, t, loss_mask)
-        sums, counts = objectives.by_timestep_bin(per_token.detach(), t, loss_mask, TIMESTEP_BINS)
-        metrics = {f"loss_t{i}": (sums[i], counts[i]) for i in range(TIMESTEP_BINS)}
-        output = Output({"flow": objectives.masked_sum(per_token, loss_mask)[0]}, metrics)
+        output = _summed(per_token, t, loss_mask)
         if self.flow.other_weight > 0:
             other = self._other_loss(self.x0(noisy, t, predicted), noisy, latents, tokens, layout, t)
             output.loss_sums[self.flow.other_loss] = objectives.masked_sum(other, loss_mask)[0]
@@ -132,6 +118,20 @@ class TextDiTTraining(nn.Module):
             off = objectives.squared_error(x0, goal)
             output.loss_sums["consistency"] = objectives.masked_sum(off, loss_mask)[0]
         return output
+
+    def _past(self, history: History, timesteps: Tensor) -> Sequence[KeysValues]:
+        """Keys and values of the clean copy, with gradient: it runs once, whatever is denoised beside it."""
+        _, past = self.network(
+            history.latents,
+            timesteps[:1],
+            torch.zeros_like(history.layout.position),
+            history.layout.position,
+            torch.zeros_like(history.layout.real),
+            history.mask,
+            tokens=history.tokens,
+            predict=False,
+        )
+        return past
 
     @torch.no_grad()
     def _consistency_goal(
@@ -203,6 +203,13 @@ class TextDiTTraining(nn.Module):
         whole = torch.where((layout.role == CONTEXT)[..., None], latents, x0)
         together = self.flow.target_encoding == "with_context"
         return objectives.token_losses(self.decoder(whole, layout if together else layout.separated()), tokens)
+
+
+def _summed(per_token: Tensor, t: Tensor, loss_mask: Tensor) -> Output:
+    """The flow's loss, float32 `[rows, columns]`, summed, and its sums by bins of the timestep."""
+    sums, counts = objectives.by_timestep_bin(per_token.detach(), t, loss_mask, TIMESTEP_BINS)
+    metrics = {f"loss_t{i}": (sums[i], counts[i]) for i in range(TIMESTEP_BINS)}
+    return Output({"flow": objectives.masked_sum(per_token, loss_mask)[0]}, metrics)
 
 
 def make_denoiser(
