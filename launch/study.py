@@ -1,6 +1,6 @@
 """Train the variants of a study, score them, make their table; continue where it was interrupted.
 
-python launch/study.py --config launch/configs/studies/ldlm.yaml [--jobs 2] [--only RUN ...] [--corpus INPUT]
+python launch/study.py --config launch/configs/studies/ldlm.yaml [--jobs 2] [--only RUN ...] [--seeds N]
 """
 
 import argparse
@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="a file of launch/configs/studies")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="commands at a time; they share the cores")
     parser.add_argument("--only", nargs="+", default=[], metavar="RUN", help="these runs, and those they stand on")
+    parser.add_argument("--seeds", type=int, metavar="N", help="the first N seeds of every run only")
     parser.add_argument("--corpus", metavar="INPUT", help="text instead of the study's, as data_tools.shard takes it")
     parser.add_argument("--judge", metavar="MODEL", help="causal LM that scores, instead of the study's")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
@@ -29,7 +30,12 @@ def main() -> None:
     os.chdir(ROOT)  # the commands and the presets' paths start at the root of the repository
     with cli_errors():
         study = Study(
-            options.config, corpus=options.corpus, judge=options.judge, only=options.only, jobs=max(1, options.jobs)
+            options.config,
+            corpus=options.corpus,
+            judge=options.judge,
+            only=options.only,
+            seeds=options.seeds,
+            jobs=max(1, options.jobs),
         )
         if options.list:
             print("\n".join(stage.shell() for stage in study.stages))

@@ -75,10 +75,11 @@ class Study:
         corpus: str | None = None,
         judge: str | None = None,
         only: Sequence[str] = (),
+        seeds: int | None = None,
         jobs: int = 1,
     ) -> None:
-        """`corpus` and `judge` replace the file's; `only` these runs, and those that they stand on; `jobs` run at a
-        time, and share the machine's cores."""
+        """`corpus` and `judge` replace the file's; `only` these runs, and those that they stand on; the first `seeds`
+        of each; `jobs` run at a time, and share the machine's cores."""
         content = read_yaml(file)
         if "extends" in content:
             content = _extended(read_yaml(Path(content.pop("extends"))), content)
@@ -86,9 +87,15 @@ class Study:
         self.config = replace(config, corpus=corpus or config.corpus, judge=judge or config.judge)
         self.work_dir, self.file, self.jobs = Path(config.work_dir), file, jobs
         self.table = self.work_dir / "table"
-        self.runs = {name: self._whole(name) for name in config.runs}
+        self.runs: dict[str, StudyRun] = {}
+        for name in config.runs:
+            run = self._whole(name)
+            trained = self.runs[run.model_of].seeds if run.model_of else run.seeds[:seeds]
+            self.runs[name] = replace(run, seeds=tuple(seed for seed in run.seeds if seed in trained))
         for name in only:
             self._known(name, "--only")
+        if seeds is not None and seeds < 1:
+            raise ConfigError(f"--seeds {seeds}: at least 1")
         # what is not in the table is trained where something stands on it
         self.chosen = [name for name, run in self.runs.items() if (name in only if only else run.sampling)]
         self.stages: list[Stage] = []

@@ -107,6 +107,21 @@ def test_a_study_may_extend_another(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "lm" not in whole.chosen and "dit" in whole.chosen
 
 
+def test_the_first_seeds_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = {**STUDY["runs"], "guided": {"model_of": "dit", "seeds": [1], "sampling": [{"guidance_scale": 3.0}]}}
+    first = study(tmp_path, monkeypatch, {**STUDY, "runs": runs}, seeds=1)
+    assert {name: run.seeds for name, run in first.runs.items()} == {
+        "lm": (0,), "vae": (3,), "dit": (0,), "other": (1,), "guided": (),
+    }  # fmt: skip
+    commands = {stage.name: stage.shell() for stage in first.stages}
+    whole = {stage.name: stage.shell() for stage in study(tmp_path, monkeypatch, {**STUDY, "runs": runs}).stages}
+    trained = {name for name in commands if name.startswith(("pretrain_", "write_"))}
+    assert trained < set(whole) and all(commands[name] == whole[name] for name in trained)
+    with pytest.raises(ConfigError, match="--seeds 0: at least 1"):
+        study(tmp_path, monkeypatch, seeds=0)
+    assert "write_dit-0" in trained and not {"pretrain_dit-1", "write_guided-1"} & trained
+
+
 def test_only_some_runs_and_what_they_stand_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     some = study(tmp_path, monkeypatch, only=["other"], judge="judge_dir", jobs=2)
     names = [stage.name for stage in some.stages]
