@@ -24,7 +24,7 @@ class StudyRun:
     """One variant."""
 
     like: str = ""
-    """Another run, whose fields are taken where this one has none, and whose `set` this one's is added to."""
+    """Another run, whose fields are taken where this one does not say them, and whose `set` this one's is added to."""
     model_of: str = ""
     """Another run, whose models this one samples in further ways: nothing is trained."""
     launcher: Literal["", "lm", "vae", "dit", "cola", "ldlm"] = ""
@@ -84,6 +84,7 @@ class Study:
         if "extends" in content:
             content = _extended(read_yaml(Path(content.pop("extends"))), content)
         config = from_dict(StudyConfig, content, where=str(file))
+        self._said = {name: set(fields) for name, fields in content["runs"].items()}
         self.config = replace(config, corpus=corpus or config.corpus, judge=judge or config.judge)
         self.work_dir, self.file, self.jobs = Path(config.work_dir), file, jobs
         self.table = self.work_dir / "table"
@@ -127,7 +128,7 @@ class Study:
                     raise ConfigError(f"{self.file}: runs.{name} names {other}, which samples another run's models")
         if run.like:
             base = asdict(self._whole(run.like))
-            own = {key: value for key, value in asdict(run).items() if value}
+            own = {key: value for key, value in asdict(run).items() if key in self._said[name]}
             run = StudyRun(**{**base, **own, "name": run.name or name, "set": {**base["set"], **run.set}, "like": ""})
         if run.model_of:
             return self._resampled(name, run)

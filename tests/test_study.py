@@ -107,6 +107,13 @@ def test_a_study_may_extend_another(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "lm" not in whole.chosen and "dit" in whole.chosen
 
 
+def test_a_run_like_another_may_empty_a_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = {**STUDY["runs"], "quiet": {"like": "dit", "sampling": [], "unconditional": 0}}
+    made = study(tmp_path, monkeypatch, {**STUDY, "runs": runs})
+    assert (made.runs["quiet"].sampling, made.runs["quiet"].unconditional) == ((), 0) and "quiet" not in made.chosen
+    assert made.runs["other"].unconditional == 7  # what it does not say
+
+
 def test_the_first_seeds_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = {**STUDY["runs"], "guided": {"model_of": "dit", "seeds": [1], "sampling": [{"guidance_scale": 3.0}]}}
     first = study(tmp_path, monkeypatch, {**STUDY, "runs": runs}, seeds=1)
