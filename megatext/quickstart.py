@@ -89,7 +89,7 @@ class Quickstart:
         if teacher is None:
             make = f"python -m data_tools.train_tokenizer {source} --output {tokenizer}"
             command = f"{make} {options.get('train_tokenizer', '')}"
-            self._add("train_tokenizer", command, writes=[tokenizer], facts=files)
+            self._add("train_tokenizer", command, writes=[tokenizer], facts=files, root=True)
         self._add(
             "shard",
             f"python -m data_tools.shard {source} --tokenizer {teacher or tokenizer} --output {shards}"
@@ -97,6 +97,7 @@ class Quickstart:
             writes=[shards],
             needs=[] if teacher else ["train_tokenizer"],
             facts=files,
+            root=True,
         )
 
     def _training(self, teacher: str | None) -> tuple[str, list[str]]:
@@ -215,6 +216,7 @@ class Quickstart:
         continues: bool = False,
         environment: tuple[tuple[str, str], ...] = (),
         facts: tuple[str, ...] = (),
+        root: bool = False,
     ) -> None:
         self.stages.append(
             Stage(
@@ -222,6 +224,7 @@ class Quickstart:
                 command=tuple(shlex.split(command)),
                 reads=tuple(reads or ()),
                 facts=facts,
+                root=root,
                 writes=tuple(writes),
                 needs=tuple(needs or ()),
                 continues=continues,

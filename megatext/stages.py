@@ -56,6 +56,8 @@ class Stage:
     """Earlier stages whose change makes this one run again."""
     continues: bool = False
     """Whether the command picks up its own half-done outputs. If not they are removed before it is run again."""
+    root: bool = False
+    """Whether all the others stand on it: once it is done it is not made again with another key, that is refused."""
     environment: tuple[tuple[str, str], ...] = ()
     """Variables set for the command. Not part of the key: they may change how fast it is, not what it makes."""
     expected_seconds: float = 60.0
@@ -90,7 +92,8 @@ def run_stages(
 
     `directory` holds all outputs; markers go to its `stages/`. What a stage prints is visible; where several run at
     once it goes to `logs/NAME.log`. Raises StageError when a stage fails (with `keep_going` after all that do not need
-    it) or all are interrupted, and ConfigError for a missing file or a directory that cannot be written.
+    it) or all are interrupted, and ConfigError for a missing file, a directory that cannot be written, or one that was
+    made from something else.
     """
     keys, markers = stage_keys(stages), directory / "stages"
     labels = {stage.name: f"[{number:2d}/{len(stages)}] {stage.name}" for number, stage in enumerate(stages, 1)}
@@ -99,6 +102,7 @@ def run_stages(
         for name, marker in done.items():
             print(f"{labels[name]}: done before, in {_clock(marker['seconds'])}", file=out, flush=True)
         waiting = [stage for stage in stages if stage.name not in done]
+        _check_roots([stage for stage in waiting if stage.root], markers, directory)
         running: list[_Running] = []
         failures: list[str] = []
         started = time.monotonic()
@@ -193,6 +197,16 @@ def stage_keys(stages: Sequence[Stage]) -> dict[str, str]:
         content = [list(stage.command), contents, stage.facts, [keys[name] for name in stage.needs]]
         keys[stage.name] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return keys
+
+
+def _check_roots(stages: Sequence[Stage], markers: Path, directory: Path) -> None:
+    """Nobody loses hours of training by a word on the command line."""
+    for stage in stages:
+        if _read(markers, stage).get("done") and any(path.exists() for path in stage.writes):
+            raise ConfigError(
+                f"{directory} was made from another input or with other options of {stage.name}, which now is\n"
+                f"    {stage.shell()}\nMove {directory} away or remove it, or go on with what it was made from"
+            )
 
 
 def _prepare(markers: Path, stage: Stage, key: str, label: str, directory: Path, out: TextIO) -> float:

@@ -171,9 +171,11 @@ class Study:
         facts = tuple(json.dumps(entry) for entry in describe([self.config.corpus]))
         tokenizer, shards = self.work_dir / "tokenizer", self.work_dir / "shards"
         make = f"python -m data_tools.train_tokenizer --input {corpus} --output {tokenizer}"
-        self._add("tokenizer", f"{make} {options.get('train_tokenizer', '')}", writes=[tokenizer], facts=facts)
+        self._add(
+            "tokenizer", f"{make} {options.get('train_tokenizer', '')}", writes=[tokenizer], facts=facts, root=True
+        )
         shard = f"python -m data_tools.shard --input {corpus} --tokenizer {tokenizer} --output {shards}"
-        self._add("shard", f"{shard} {options.get('shard', '')}", writes=[shards], facts=facts)
+        self._add("shard", f"{shard} {options.get('shard', '')}", writes=[shards], facts=facts, root=True)
         wanted: list[str] = []
         for name in reversed(self.runs):
             judges = name in named_in({"judge": self.config.judge})
@@ -267,6 +269,7 @@ class Study:
         reads: Sequence[Path] = (),
         continues: bool = False,
         facts: tuple[str, ...] = (),
+        root: bool = False,
     ) -> None:
         """A stage, after those whose outputs its command names."""
         words = tuple(shlex.split(command))
@@ -275,7 +278,7 @@ class Study:
         all_needs = tuple(dict.fromkeys([*needs, *found]))
         environment = share_of_threads(self.jobs)
         self.stages.append(
-            Stage(name, words, tuple(reads), facts, tuple(writes), all_needs, continues, environment, 60.0)
+            Stage(name, words, tuple(reads), facts, tuple(writes), all_needs, continues, root, environment, 60.0)
         )
 
 

@@ -138,6 +138,20 @@ except StageError as error:
         assert psutil.Process(int((tmp_path / "pid").read_text())).status() == psutil.STATUS_ZOMBIE
 
 
+def test_what_all_stand_on_is_not_replaced(tmp_path: Path, make: Make) -> None:
+    first, then = make("a", root=True), make("b", needs=("a",))
+    run(tmp_path, first, then)
+    other = replace(first, facts=("another corpus",))
+    with pytest.raises(ConfigError, match="made from another input or with other options of a,"):
+        run(tmp_path, other, then)
+    assert log(tmp_path) == ["a", "b"] and (tmp_path / "run" / "b").read_text() == "x"
+    run(tmp_path, first, replace(then, facts=("changed",)))
+    assert log(tmp_path) == ["b"]
+    (tmp_path / "run" / "a").unlink()  # nothing is left to lose
+    run(tmp_path, other, then)
+    assert log(tmp_path) == ["a", "b"]
+
+
 def test_bad_stages_are_named(tmp_path: Path, make: Make) -> None:
     with pytest.raises(ConfigError, match=r"stage a: no such file: .*lm\.yaml"):
         run(tmp_path, make("a", reads=(tmp_path / "lm.yaml",)))
