@@ -162,12 +162,14 @@ def multiplier_plot(results: dict[str, Any], baseline: Sequence[str], found: Seq
             marker = {"=": "o", ">": "^", "<": "v"}[each.relation]
             axes[1].plot(each.flops, each.value, marker, ms=6, color=color)
             if each.interval:
-                low, high = (min(max(end, each.value / 20), each.value * 20) for end in each.interval)
+                # an end beyond the baseline's budgets is drawn as twice
+                low, high = (min(max(end, each.value / 2), each.value * 2) for end in each.interval)
                 axes[1].plot((each.flops, each.flops), (low, high), color=color, lw=1)
     axes[0].set(xscale="log", xlabel="FLOPs of training, all that a model stands on", ylabel="judge gap G")
     axes[1].set(
         xscale="log", yscale="log", xlabel=axes[0].get_xlabel(), ylabel="compute multiplier (▲ at least, ▼ at most)"
     )
+    axes[1].set_xlim(axes[0].get_xlim())
     axes[1].axhline(1, color=_GREY, lw=0.8, ls="--")
     axes[0].legend(fontsize=8, frameon=False)
     return to_png(figure)
