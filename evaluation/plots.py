@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -162,9 +163,10 @@ def multiplier_plot(results: dict[str, Any], baseline: Sequence[str], found: Seq
             marker = {"=": "o", ">": "^", "<": "v"}[each.relation]
             axes[1].plot(each.flops, each.value, marker, ms=6, color=color)
             if each.interval:
-                # an end beyond the baseline's budgets is drawn as twice
-                low, high = (min(max(end, each.value / 2), each.value * 2) for end in each.interval)
-                axes[1].plot((each.flops, each.flops), (low, high), color=color, lw=1)
+                low, high = each.interval
+                # an end beyond the baseline's budgets is drawn at twice the multiplier, or half of it
+                ends = (low or each.value / 2, high if math.isfinite(high) else 2 * each.value)
+                axes[1].plot((each.flops, each.flops), ends, color=color, lw=1)
     axes[0].set(xscale="log", xlabel="FLOPs of training, all that a model stands on", ylabel="judge gap G")
     axes[1].set(
         xscale="log", yscale="log", xlabel=axes[0].get_xlabel(), ylabel="compute multiplier (▲ at least, ▼ at most)"
