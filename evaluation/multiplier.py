@@ -37,7 +37,7 @@ class Multiplier:
     """`=`, or `>` where the baseline writes better even at its least budget, `<` where worse even at its largest."""
     interval: tuple[float, float] | None
     """95 % by the errors of G, of the system's and the baseline's alike: inf or 0 where an end is beyond the budgets;
-    None of a bound, or where an error is not told."""
+    None where an error is not told, or without a multiplier. Of one seed the error is that of its texts alone."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ def multipliers(results: dict[str, Any], baseline: Sequence[str], tolerance: flo
     every = points(results["systems"])
     budgets = [_budget(name, [point for point in every if point.group == name]) for name in baseline]
     budgets.sort(key=lambda budget: budget.flops)
+    if len({budget.flops for budget in budgets}) < len(budgets):
+        raise DataError(f"--baseline {' '.join(baseline)}: two of these groups took the same FLOPs")
     found = []
     for point in every:
         if point.group in baseline or any(point.value(key) is None for key in ("training_pflops", "gap", "entropy")):
@@ -76,7 +78,7 @@ def multipliers(results: dict[str, Any], baseline: Sequence[str], tolerance: flo
         flops, gap, entropy = (_mean(point, key) for key in ("training_pflops", "gap", "entropy"))
         equal, relation = _flops_for(budgets, [budget.gaps for budget in budgets], gap, entropy, tolerance)
         value = None if equal is None else flops / equal
-        interval = _interval(budgets, point, tolerance) if relation == "=" else None
+        interval = None if value is None else _interval(budgets, point, tolerance)
         found.append(Multiplier(point.name, point.group, flops, gap, entropy, value, relation, interval))
     return found
 
@@ -84,6 +86,8 @@ def multipliers(results: dict[str, Any], baseline: Sequence[str], tolerance: flo
 def _budget(name: str, rows: list[Point]) -> _Budget:
     if not rows:
         raise DataError(f"--baseline {name}: no row has this group")
+    if len({_mean(point, "training_pflops") for point in rows}) > 1:
+        raise DataError(f"--baseline {name}: its rows differ in FLOPs of training; a budget is a group of its own")
     spots = sorted((_mean(point, "entropy"), _mean(point, "gap"), _error(point)) for point in rows)
     entropies, gaps, errors = map(list, zip(*spots, strict=True))
     return _Budget(_mean(rows[0], "training_pflops"), entropies, gaps, errors)
@@ -99,12 +103,13 @@ def _mean(point: Point, key: str) -> float:
 
 
 def _error(point: Point) -> float:
-    """The standard error of the mean G, of texts, or of seeds where these lie further apart; nan where none is told."""
+    """The standard error of the mean G, of texts, which are the same for all seeds, or of seeds where that is larger;
+    nan where none is told."""
     own = [row["metrics"]["gap"].get("spread") for row in point.rows]
     if None in own:
         return math.nan
     between = statistics.variance(row["metrics"]["gap"]["value"] for row in point.rows) if len(own) > 1 else 0.0
-    return math.sqrt(max(statistics.fmean(error**2 for error in own), between) / len(own))
+    return math.sqrt(max(statistics.fmean(error**2 for error in own), between / len(own)))
 
 
 def _flops_for(
@@ -129,15 +134,19 @@ def _flops_for(
 
 
 def _interval(budgets: Sequence[_Budget], point: Point, tolerance: float) -> tuple[float, float] | None:
-    """95 % of the multiplier over normal errors of all G, drawn independently: the texts continue the same prefixes,
-    so their errors go together in truth, and the interval is rather too wide."""
+    """95 % of the multiplier over normal errors of all G: one for a budget, whose samplings are of the same models, and
+    independent between budgets and the system."""
     own = _error(point)
     if math.isnan(own + sum(error for budget in budgets for error in budget.errors)):
         return None
     flops, gap, entropy = (_mean(point, key) for key in ("training_pflops", "gap", "entropy"))
     noise, values = np.random.default_rng(0), []
     for _ in range(DRAWS):
-        drawn = [[noise.normal(g, e) for g, e in zip(b.gaps, b.errors, strict=True)] for b in budgets]
+        shifts = noise.normal(size=len(budgets))
+        drawn = [
+            [gap + shift * error for gap, error in zip(budget.gaps, budget.errors, strict=True)]
+            for budget, shift in zip(budgets, shifts, strict=True)
+        ]
         equal, relation = _flops_for(budgets, drawn, noise.normal(gap, own), entropy, tolerance)
         assert equal is not None
         values.append({">": math.inf, "<": 0.0}.get(relation, flops / equal))
@@ -151,8 +160,13 @@ def multiplier_table(found: Sequence[Multiplier]) -> str:
     lines = [f"{'system':{width}}  {'FLOPs':>9}  {'G':>6}  {'entropy':>7}  multiplier"]
     for each in found:
         value = "no baseline at this entropy" if each.value is None else f"{each.relation} {each.value:.2f}"
-        if each.interval:
-            low, high = each.interval
-            value += f" (95 %: {low:.2f} to {'?' if math.isinf(high) else f'{high:.2f}'})"
+        value += _interval_told(each.interval)
         lines.append(f"{each.name:{width}}  {each.flops:9.2e}  {each.gap:6.3f}  {each.entropy:7.2f}  {value}")
     return "\n".join(lines)
+
+
+def _interval_told(interval: tuple[float, float] | None) -> str:
+    low, high = ("" if end in (0, math.inf) else f"{end:.2f}" for end in interval or (0, 0))
+    if low and high:
+        return f" (95 %: {low} to {high})"
+    return f" (95 %: {low} or more)" if low else f" (95 %: {high} or less)" if high else ""
