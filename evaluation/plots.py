@@ -147,8 +147,8 @@ def _spot(point: Point, plane: tuple[str, str, str, str]) -> tuple[tuple[float, 
 
 
 def multiplier_plot(results: dict[str, Any], baseline: Sequence[str], found: Sequence[Multiplier]) -> bytes:
-    """G against FLOPs of training, the baseline in grey, a line a sampling, and the multipliers of `found`: bounds and
-    open ends as arrows, intervals as bars. Groups of the same name but for a number at its end are one system."""
+    """G against FLOPs of training, the baseline in grey, a line a sampling, and the multipliers of `found`: bounds as
+    arrows, intervals as bars as far as they are known. Groups of the same name but for a number at its end are one system."""
     figure, (axes,) = new_figure(1, 2, width=11, height=4.2)
     for spots in _by_sampling([point for point in points(results["systems"]) if point.group in baseline]):
         axes[0].plot(*zip(*spots, strict=True), color=_GREY, marker=".", lw=0.8, alpha=0.7)
@@ -162,13 +162,9 @@ def multiplier_plot(results: dict[str, Any], baseline: Sequence[str], found: Seq
                 continue
             marker = {"=": "o", ">": "^", "<": "v"}[each.relation]
             axes[1].plot(each.flops, each.value, marker, ms=6, color=color)
-            for end, open_mark, beyond in zip(
-                each.interval or (), "v^", (each.value / 2, each.value * 2), strict=False
-            ):
-                known = 0 < end < math.inf
-                axes[1].plot((each.flops, each.flops), (each.value, end if known else beyond), color=color, lw=1)
-                if not known:
-                    axes[1].plot(each.flops, beyond, open_mark, ms=4, color=color)
+            for end in each.interval or ():
+                if 0 < end < math.inf:
+                    axes[1].plot((each.flops, each.flops), (each.value, end), color=color, lw=1)
     axes[0].set(xscale="log", xlabel="FLOPs of training, all that a model stands on", ylabel="judge gap G")
     axes[1].set(
         xscale="log", yscale="log", xlabel=axes[0].get_xlabel(), ylabel="compute multiplier (▲ at least, ▼ at most)"
