@@ -148,7 +148,7 @@ def _spot(point: Point, plane: tuple[str, str, str, str]) -> tuple[tuple[float, 
 
 def multiplier_plot(results: dict[str, Any], baseline: Sequence[str], found: Sequence[Multiplier]) -> bytes:
     """G against FLOPs of training, the baseline in grey, a line a sampling, and the multipliers of `found`: bounds as
-    arrows, intervals as bars as far as they are known. Groups of the same name but for a number at its end are one system."""
+    arrows, intervals as bars as far as they are known. Groups named alike but for a last number are one system."""
     figure, (axes,) = new_figure(1, 2, width=11, height=4.2)
     for spots in _by_sampling([point for point in points(results["systems"]) if point.group in baseline]):
         axes[0].plot(*zip(*spots, strict=True), color=_GREY, marker=".", lw=0.8, alpha=0.7)

@@ -57,7 +57,7 @@ class Stage:
     continues: bool = False
     """Whether the command picks up its own half-done outputs. If not they are removed before it is run again."""
     root: bool = False
-    """Whether all the others stand on it: once it is done it is not made again with another key, that is refused."""
+    """Whether the others stand on it: where one of them is done, to make it with another key is refused."""
     environment: tuple[tuple[str, str], ...] = ()
     """Variables set for the command. Not part of the key: they may change how fast it is, not what it makes."""
     expected_seconds: float = 60.0
@@ -102,7 +102,7 @@ def run_stages(
         for name, marker in done.items():
             print(f"{labels[name]}: done before, in {_clock(marker['seconds'])}", file=out, flush=True)
         waiting = [stage for stage in stages if stage.name not in done]
-        _check_roots([stage for stage in waiting if stage.root], markers, directory)
+        _check_roots(stages, [stage for stage in waiting if stage.root], keys, directory)
         running: list[_Running] = []
         failures: list[str] = []
         started = time.monotonic()
@@ -199,14 +199,17 @@ def stage_keys(stages: Sequence[Stage]) -> dict[str, str]:
     return keys
 
 
-def _check_roots(stages: Sequence[Stage], markers: Path, directory: Path) -> None:
-    """Nobody loses hours of training by a word on the command line."""
-    for stage in stages:
-        if _read(markers, stage).get("done") and any(path.exists() for path in stage.writes):
-            raise ConfigError(
-                f"{directory} was made from another input or with other options of {stage.name}, which now is\n"
-                f"    {stage.shell()}\nMove {directory} away or remove it, or go on with what it was made from"
-            )
+def _check_roots(stages: Sequence[Stage], roots: Sequence[Stage], keys: dict[str, str], directory: Path) -> None:
+    """A corpus that changed, or another one, does not cost the trainings on the old one without a question."""
+    markers = directory / "stages"
+    changed = [stage for stage in roots if _read(markers, stage).get("key") != keys[stage.name]]
+    made = [s for s in stages if not s.root and _read(markers, s).get("done") and any(p.exists() for p in s.writes)]
+    if changed and made:
+        raise ConfigError(
+            f"{directory} was made from another input or with other options than\n    {changed[0].shell()}\n"
+            f"(files count by path, size and time), and {made[0].name} stands on it. "
+            f"Move {directory} away or remove it, or go on with what it was made from"
+        )
 
 
 def _prepare(markers: Path, stage: Stage, key: str, label: str, directory: Path, out: TextIO) -> float:

@@ -88,15 +88,12 @@ class Study:
         self.config = replace(config, corpus=corpus or config.corpus, judge=judge or config.judge)
         self.work_dir, self.file, self.jobs = Path(config.work_dir), file, jobs
         self.table = self.work_dir / "table"
-        self.runs: dict[str, StudyRun] = {}
-        for name in config.runs:
-            run = self._whole(name)
-            trained = self.runs[run.model_of].seeds if run.model_of else run.seeds[:seeds]
-            self.runs[name] = replace(run, seeds=tuple(seed for seed in run.seeds if seed in trained))
+        self.runs = {name: self._whole(name) for name in config.runs}
         for name in only:
             self._known(name, "--only")
         if seeds is not None and seeds < 1:
             raise ConfigError(f"--seeds {seeds}: at least 1")
+        self.seeds = seeds
         # what is not in the table is trained where something stands on it
         self.chosen = [name for name, run in self.runs.items() if (name in only if only else run.sampling)]
         self.stages: list[Stage] = []
@@ -153,8 +150,12 @@ class Study:
     def model(self, name: str, seed: int) -> Path:
         """Where a run's model of a seed is; of its first one, if it has not this one."""
         self._known(name, "{" + name + "}")
-        name, seeds = self.runs[name].model_of or name, self.runs[name].seeds
-        return self.work_dir / "models" / f"{name}-{seed if seed in seeds else seeds[0]}"
+        name = self.runs[name].model_of or name
+        return self.work_dir / "models" / f"{name}-{self._seed(name, seed)}"
+
+    def _seed(self, name: str, seed: int) -> int:
+        seeds = self.runs[name].seeds
+        return seed if seed in seeds else seeds[0]
 
     def _fill(self, value: Any, seed: int) -> Any:
         if isinstance(value, str):
@@ -176,11 +177,6 @@ class Study:
         )
         shard = f"python -m data_tools.shard --input {corpus} --tokenizer {tokenizer} --output {shards}"
         self._add("shard", f"{shard} {options.get('shard', '')}", writes=[shards], facts=facts, root=True)
-        wanted: list[str] = []
-        for name in reversed(self.runs):
-            judges = name in named_in({"judge": self.config.judge})
-            if judges or name in self.chosen or any(name in self._named(other) for other in wanted):
-                wanted.append(name)
         task = self.work_dir / "task.yaml"
         self.files[task] = json.dumps(
             {"name": self.work_dir.name, "source": f"shards:{shards}:test", **self.config.task}
@@ -188,17 +184,33 @@ class Study:
         self._add("manifest", f"python -m evaluation manifest --task {task} --output {self.table}",
                   writes=[self.table / "manifest.jsonl"], needs=["shard"], reads=[task])  # fmt: skip
         rows: list[dict[str, Any]] = []
-        seeds = {name: self.runs[self.runs[name].model_of or name].seeds for name in wanted}
-        trainings = [(seeds[name].index(s), name, s) for name in reversed(wanted) for s in self.runs[name].seeds]
-        # seed by seed, so that what is there when a study is cut short can be compared
-        for _, name, seed in sorted(trainings, key=lambda training: training[0]):
-            if not self.runs[name].model_of:
-                self._train(name, seed)
-            if name in self.chosen and self.runs[name].sampling:
+        for judge in named_in({"judge": self.config.judge}):
+            self._train(judge, 0)
+        for name, seed in self._pairs():
+            self._train(name, seed)
+            if self.runs[name].sampling:
                 rows += self._write(name, seed)
         self._score(rows)
 
+    def _pairs(self) -> list[tuple[str, int]]:
+        """The runs that are asked for with their seeds, seed by seed: what is there when a study is cut short can be
+        compared."""
+        pairs = []
+        for name in self.chosen:
+            trained = self.runs[self.runs[name].model_of or name].seeds
+            places = ((trained.index(seed), seed) for seed in self.runs[name].seeds)
+            pairs += [(place, name, seed) for place, seed in places if self.seeds is None or place < self.seeds]
+        return [(name, seed) for _, name, seed in sorted(pairs, key=lambda pair: pair[0])]
+
     def _train(self, name: str, seed: int) -> None:
+        """The stages of a run's model of a seed, after those of all that it stands on; each once."""
+        name = self.runs[name].model_of or name
+        seed = self._seed(name, seed)
+        if f"pretrain_{name}-{seed}" in {stage.name for stage in self.stages}:
+            return
+        for other in self.runs:
+            if other in self._named(name):
+                self._train(other, seed)
         run, model, run_dir = self.runs[name], self.model(name, seed), self.work_dir / "runs" / f"{name}-{seed}"
         settings = {"data.shards": str(self.work_dir / "shards"), **self.config.set, **run.set}
         if run.states:

@@ -138,18 +138,26 @@ except StageError as error:
         assert psutil.Process(int((tmp_path / "pid").read_text())).status() == psutil.STATUS_ZOMBIE
 
 
-def test_what_all_stand_on_is_not_replaced(tmp_path: Path, make: Make) -> None:
-    first, then = make("a", root=True), make("b", needs=("a",))
-    run(tmp_path, first, then)
+def test_what_trainings_stand_on_is_not_replaced(tmp_path: Path, make: Make) -> None:
+    first, second, then = make("a", root=True), make("b", root=True, needs=("a",)), make("c", needs=("b",))
     other = replace(first, facts=("another corpus",))
-    with pytest.raises(ConfigError, match="made from another input or with other options of a,"):
-        run(tmp_path, other, then)
-    assert log(tmp_path) == ["a", "b"] and (tmp_path / "run" / "b").read_text() == "x"
-    run(tmp_path, first, replace(then, facts=("changed",)))
-    assert log(tmp_path) == ["b"]
-    (tmp_path / "run" / "a").unlink()  # nothing is left to lose
-    run(tmp_path, other, then)
-    assert log(tmp_path) == ["a", "b"]
+    run(tmp_path, first)
+    run(tmp_path, other, second)  # nothing stands on it yet
+    assert log(tmp_path) == ["a", "a", "b"]
+    run(tmp_path, other, second, then)
+    assert log(tmp_path) == ["c"]
+    (tmp_path / "run" / "a").unlink()  # its own outputs may be gone
+    for roots in (first, second), (other, replace(second, facts=("more",))):
+        with pytest.raises(
+            ConfigError, match="made from another input or with other options than(?s:.*)c stands on it"
+        ):
+            run(tmp_path, *roots, then)
+    assert log(tmp_path) == [] and (tmp_path / "run" / "c").exists()
+    run(tmp_path, other, second, then)  # the same again
+    assert log(tmp_path) == ["a"]
+    (tmp_path / "run" / "c").unlink()  # nothing is left to lose
+    run(tmp_path, first, second, then)
+    assert log(tmp_path) == ["a", "b", "c"]
 
 
 def test_bad_stages_are_named(tmp_path: Path, make: Make) -> None:
