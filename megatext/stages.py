@@ -49,7 +49,7 @@ class Stage:
     reads: tuple[Path, ...] = ()
     """Files whose content is part of the stage: configurations."""
     facts: tuple[str, ...] = ()
-    """What else it depends on: the size and the time of the corpus's files, which are too large to read for this."""
+    """What else it depends on: what tells the corpus's files from others."""
     writes: tuple[Path, ...] = ()
     """Files and directories that exist once it is done; removed before it is run with another key."""
     needs: tuple[str, ...] = ()
@@ -207,7 +207,7 @@ def _check_roots(stages: Sequence[Stage], roots: Sequence[Stage], keys: dict[str
     if changed and made:
         raise ConfigError(
             f"{directory} was made from another input or with other options than\n    {changed[0].shell()}\n"
-            f"(files count by path, size and time), and {made[0].name} stands on it. "
+            f"(files count by path and content), and {made[0].name} stands on it. "
             f"Move {directory} away or remove it, or go on with what it was made from"
         )
 

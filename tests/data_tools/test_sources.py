@@ -1,6 +1,7 @@
 """Readers of raw text: separators, blocks, an archive with its published text."""
 
 import io
+import os
 from pathlib import Path
 
 from data_tools import sources
@@ -27,3 +28,23 @@ def test_lm_dataformat_archive(shared_data: Path) -> None:
     naughty = path.with_name("blns.txt").read_text().strip()
     written = [naughty, "testing 123\n\ntesting 345", naughty, "testing 123456789"]  # as lm_dataformat's own test
     assert [d.text for d in documents] == written * 2
+
+
+def test_an_input_is_told_by_its_content_not_by_its_time(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(bytes(range(256)) * 12_000)  # 3 MB: more than both ends
+    whole = sources.describe([str(path)])
+    os.utime(path, (0, 0))
+    assert sources.describe([str(path)]) == whole
+    for place in 0, 2**20 - 1, path.stat().st_size - 1:
+        changed = bytearray(path.read_bytes())
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        assert sources.describe([str(path)]) != whole
+        changed[place] ^= 1
+        path.write_bytes(changed)
+    path.write_bytes(path.read_bytes() + b"x")
+    assert sources.describe([str(path)])[0]["bytes"] == 256 * 12_000 + 1
+    for small in b"", b"a", bytes(2**20 + 5):
+        path.write_bytes(small)
+        assert sources.describe([str(path)])[0]["bytes"] == len(small)
