@@ -3,6 +3,7 @@
 A stage's key is a hash of its command, of the files it reads its settings from, of other facts, and of the keys of
 the stages it needs. Its marker, a small JSON file, says which key was begun and whether it was finished: a finished
 stage is passed over, an interrupted one is continued, and one whose key has changed loses its outputs and is run anew.
+A root, on which the others stand, is not: while one of them is done, another key is refused.
 """
 
 import fcntl

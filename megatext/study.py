@@ -185,6 +185,7 @@ class Study:
                   writes=[self.table / "manifest.jsonl"], needs=["shard"], reads=[task])  # fmt: skip
         rows: list[dict[str, Any]] = []
         for judge in named_in({"judge": self.config.judge}):
+            self._known(judge, "judge")
             self._train(judge, 0)
         for name, seed in self._pairs():
             self._train(name, seed)

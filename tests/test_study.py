@@ -170,6 +170,7 @@ def test_only_some_runs_and_what_they_stand_on(tmp_path: Path, monkeypatch: pyte
             r"dit has the seeds \[0, 1\] only",
         ),
         ({"runs": {**STUDY["runs"], "a": {"model_of": "dit", "set": {"seed": 1}}}}, "goes with sampling"),
+        ({"judge": "{nothing}"}, "judge: no run is called nothing"),
         ({"runs": {"a": {"sedes": [1]}}}, "unknown key 'runs.a.sedes'; did you mean 'runs.a.seeds'"),
         ({"runs": {"a": {**STUDY["runs"]["dit"], "set": {"dit.vae": "{nothing}"}}}}, "no run is called nothing"),
         ({"runs": {"a": {"like": "b"}, "b": {"like": "a"}}}, "names b, which has to stand before it"),
