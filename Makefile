@@ -44,8 +44,9 @@ quickstart: setup
 small: setup
 	$(RUN) --configs launch/configs/small
 
+# in their own order: by their number of tests the file of three long ones would start last, alone
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 check: setup
 	$(BIN)/python -m ruff check
