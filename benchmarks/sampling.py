@@ -94,7 +94,7 @@ def main() -> None:
     options.dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     torch.manual_seed(0)
     full, prefix = FlowConfig(objective="x0"), FlowConfig(objective="x0", attention="prefix")
-    blocks = FlowConfig(objective="token_cross_entropy", block_tokens=16)
+    blocks, pairs = (FlowConfig(objective="token_cross_entropy", block_tokens=tokens) for tokens in (16, 2))
     runs = {"AR, KV cache": autoregressive(options, options.device)}
     for steps in options.steps:
         runs[f"one shot, {steps} steps"] = diffusion(options, options.device, full, SamplingConfig(steps=steps))
@@ -106,6 +106,11 @@ def main() -> None:
         options, options.device, prefix, guided
     )
     runs["blocks of 16, 8 steps"] = diffusion(options, options.device, blocks, SamplingConfig(steps=8))
+    two = SamplingConfig(steps=2, solver="ancestral")
+    runs["blocks of 2, 2 steps"] = diffusion(options, options.device, pairs, two)
+    runs["blocks of 2, 2 steps, guidance"] = diffusion(
+        options, options.device, pairs, dataclasses.replace(two, guidance_scale=2.0)
+    )
     seconds = {name: 1 / rate for name, rate in best_of(runs, options.repeats).items()}
     ar = seconds["AR, KV cache"]
     rows = [[name, f"{s:.2f}", f"{ar / s:.2f} x"] for name, s in seconds.items()]

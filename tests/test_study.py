@@ -203,15 +203,74 @@ def test_every_run_of_a_shipped_study_is_a_configuration(path: Path, monkeypatch
                     each.run()
 
 
+def settings_of(study: str, launcher: str) -> dict[str, dict[str, Any]]:
+    """The first seed's runs of a launcher, by dotted keys."""
+    found = {}
+    for stage in Study(ROOT / f"launch/configs/studies/{study}.yaml", corpus="pydocs:").stages:
+        script = f"launch/pretrain_{launcher}.py"
+        if stage.name.startswith("pretrain_") and stage.name.endswith("-0") and script in stage.command:
+            config, _ = load_config(
+                config_class(LAUNCHERS[launcher]), list(stage.command[stage.command.index(script) + 1 :])
+            )
+            found[stage.name.removeprefix("pretrain_").removesuffix("-0")] = flat(to_dict(config))
+    return found
+
+
+def apart(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
+    return {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)} - {"run_dir"}
+
+
+REPAIRS = {
+    "adaln": {"network.time_conditioning", "network.trunk.initial_gate"},
+    "x0": {"flow.objective"},
+    "v_loss_x0": {"flow.latent_loss"},
+    "more_noise": {"flow.timesteps.location", "flow.timesteps.scale"},
+    "tan": {"flow.path", "flow.timesteps.distribution"},
+    "self_conditioning": {"network.self_conditioning", "flow.self_conditioning_probability"},
+    "robust": {"vae"},
+    "token_local": {"vae"},
+    "no_repa": {"vae"},
+    "drop": {"flow.null_condition"},
+    "null_vector": {"flow.null_condition", "network.null_embedding"},
+    "prefix": {"flow.attention"},
+    "with_context": {"flow.target_encoding"},
+    "log_uniform": {"flow.segment_lengths"},
+}
+TOGETHER = ("adaln", "x0", "more_noise", "self_conditioning", "robust", "drop", "null_vector")
+
+
+def test_each_repair_alone_and_seven_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    found = settings_of("textldm_repairs", "dit")
+    expected = {**REPAIRS, "repaired": set.union(*(REPAIRS[name] for name in TOGETHER))}
+    assert found.keys() == {"paper", *expected}
+    for name, keys in expected.items():
+        assert apart(found[name], found["paper"]) == {f"dit.{key}" for key in keys}, name
+    vaes = settings_of("textldm_repairs", "vae")
+    for name, keys in {
+        "vae_robust": {"vae.decoder_noise"},
+        "local_vae": {"vae.network.encoder.layers"},
+        "vae_no_repa": {"vae.repa_weight", "data.hidden_states"},
+    }.items():
+        assert apart(vaes[name], vaes["vae"]) == keys
+
+
+def test_rows_of_blocks_differ_in_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    found = settings_of("textldm_blocks", "dit")
+    loss = {"dit.flow.objective", "dit.network.output", "dit.flow.latent_loss"}
+    blocks = {"dit.flow.block_tokens", "dit.flow.null_condition"}
+    assert apart(found["cross_entropy"], found["local"]) == loss
+    for size in (1, 4, 16):
+        assert apart(found[f"block_{size}"], found["cross_entropy"]) == blocks
+        assert found[f"block_{size}"]["dit.flow.block_tokens"] == size
+    assert apart(found["block_4_x0"], found["local"]) == blocks
+
+
 def test_rows_of_the_ablation_differ_in_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     """LDLM with one ingredient off, and with all: these fields and no others."""
     monkeypatch.chdir(ROOT)
-    found = {}
-    for stage in Study(ROOT / "launch/configs/studies/ldlm.yaml", corpus="pydocs:").stages:
-        if stage.name.startswith("pretrain_ldlm") and stage.name.endswith("-0"):
-            cls = config_class("PretrainLDLMConfig")
-            config, _ = load_config(cls, list(stage.command[stage.command.index("launch/pretrain_ldlm.py") + 1 :]))
-            found[stage.name.removeprefix("pretrain_").removesuffix("-0")] = flat(to_dict(config))
+    found = settings_of("ldlm", "ldlm")
     off = {
         "ldlm_cross_entropy": {"ldlm.decoder_loss"},
         "ldlm_no_warmup": {"ldlm.encoder_warmup_steps"},
@@ -222,8 +281,7 @@ def test_rows_of_the_ablation_differ_in_what_they_say(monkeypatch: pytest.Monkey
     unused = {f"ldlm.flow.adaptive_timesteps.{name}" for name in ("decay", "refresh_steps", "floor")}
     assert found.keys() == {"ldlm", *off}
     for name, keys in off.items():
-        apart = {key for key, value in found[name].items() if value != found["ldlm"][key]}
-        assert apart - {"run_dir"} - (unused if name == "ldlm_naive" else set()) == keys
+        assert apart(found[name], found["ldlm"]) - (unused if name == "ldlm_naive" else set()) == keys
 
 
 def flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -66,7 +66,7 @@ class FlowConfig:
     condition_dropout: float = 0.1
     """Share of segments that are generated without context, for classifier-free guidance."""
     null_condition: Literal["zeros", "drop"] = "drop"
-    """A dropped context is zero vectors (TextLDM) or not there at all (Cola's empty prefix)."""
+    """A dropped context is zero vectors (TextLDM; one shot only) or not there at all (Cola's empty prefix)."""
     unconditional_probability: float = 0.1
     """Share of segments that are all target (one shot only; blocks start from nothing by themselves)."""
     context_fraction: tuple[float, float] = (0.1, 0.9)

@@ -14,6 +14,7 @@ from megatext.config import ConfigError
 from megatext.flow.paths import Linear
 from megatext.generation import LikelihoodConfig, TextGenerator
 from megatext.generation.likelihood import log_likelihood
+from megatext.nn.text_vae import TextVAE
 from megatext.recipes.flow_config import FlowConfig
 from tests.generation.test_text_generator import PROMPTS, SYSTEMS, export
 
@@ -97,6 +98,27 @@ def test_the_ode_agrees_with_the_variational_bound(exact: TextGenerator) -> None
     for likelihood, truth in zip(log_likelihood(exact, pairs, config), (0.30, 0.03), strict=True):
         assert likelihood.nats == pytest.approx(-math.log(truth), abs=4 * likelihood.error + 0.1)
         assert likelihood.estimator == "bound by the probability-flow ODE"
+
+
+def test_an_exact_model_of_latents_with_a_decoder_that_knows_them(
+    tmp_path: Path, tokenizer_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At little noise the expected latents are those of the text, and the decoder's nats are nearly none."""
+    monkeypatch.setitem(SYSTEMS, "latents_one_shot", (FlowConfig(objective="x0"), 0))
+    generator = TextGenerator.from_pretrained(export(tmp_path, tokenizer_directory, "latents_one_shot"))
+    assert isinstance(generator.vae, TextVAE) and generator.module.table is None
+    vae, table = generator.vae, generator.vae.token_table()
+    generator.module.network = Exact(generator.module.network, table, JOINT, False)  # type: ignore[assignment]
+    monkeypatch.setattr(
+        vae, "decode", lambda latents, layout: -1e3 * torch.cdist(vae.standardise(latents), table[None]).square()
+    )
+    places = ((0, 0), (0, 1), (1, 2), (2, 2))
+    config = LikelihoodConfig(seeds=48, steps=24, smallest_timestep=0.1)
+    found = log_likelihood(generator, [([], [TOKENS[i], TOKENS[j]]) for i, j in places], config)
+    for likelihood, (i, j) in zip(found, places, strict=True):
+        assert likelihood.error < 0.3
+        assert likelihood.nats == pytest.approx(-math.log(JOINT[i, j]), abs=4 * likelihood.error + 0.05)
+        assert likelihood.decoder_nats < 0.05
 
 
 class ExactBlocks(nn.Module):

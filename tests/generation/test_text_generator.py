@@ -43,6 +43,7 @@ SYSTEMS = {
 def export(directory: Path, tokenizer: Path, name: str, causal: bool = False) -> Path:
     """A model with random weights, exported."""
     flow, encoder_layers = SYSTEMS[name]
+    flow = replace(flow, self_conditioning_probability=0.5)
     torch.manual_seed(1)
     network = TextDiTConfig(
         trunk=TRUNK,
@@ -119,6 +120,28 @@ def test_a_sampled_length_is_that_of_a_text_of_training(generator: TextGenerator
 def test_heun_and_uniform_grids_run(generator: TextGenerator) -> None:
     sampling = SamplingConfig(steps=3, solver="heun", grid="uniform")
     assert len(generator.generate(["the"], target_tokens=[6], seeds=[0], sampling=sampling)) == 1
+    assert generator.grid(sampling).tolist() == pytest.approx([1.0, 2 / 3, 1 / 3, 0.0])
+    by_quantiles = generator.grid(replace(sampling, grid="quantile")).tolist()
+    expected = [float(generator.flow.timesteps.quantile(torch.tensor([u]))) for u in (2 / 3, 1 / 3)]
+    assert by_quantiles == pytest.approx([1.0, *expected, 0.0], abs=1e-5)
+
+
+def test_guidance_costs_a_second_pass_in_its_interval_alone(generator: TextGenerator) -> None:
+    rows: list[int] = []
+    generator.module.network.register_forward_hook(
+        lambda module, args, kwargs, output: rows.append(len(args[0])) if kwargs.get("predict", True) else None,
+        with_kwargs=True,
+    )
+    texts = {}
+    for interval in ((0.0, 1.0), (0.5, 0.7), (0.0, 0.0)):
+        sampling = SamplingConfig(steps=4, grid="uniform", guidance_scale=3.0, guidance_interval=interval)
+        rows.clear()
+        request = [Request(generator.tokenizer.encode(PROMPTS[0])[:4], 4, 0)]
+        texts[interval] = list(generator._pieces(request, sampling))
+        steps = [1.0, 0.75, 0.5, 0.25]
+        assert rows == [1 + (interval[0] <= t <= interval[1]) for t in steps]
+    plain = list(generator._pieces(request, SamplingConfig(steps=4, grid="uniform")))
+    assert texts[0.0, 0.0] == plain
 
 
 @pytest.mark.parametrize(("name", "causal"), [("blocks", False), ("blocks_velocity", True)])

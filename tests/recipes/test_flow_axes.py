@@ -142,6 +142,61 @@ def test_consistency_with_a_step_nearer_to_the_data(flow: FlowConfig) -> None:
     torch.testing.assert_close(found, by_hand, rtol=1e-3, atol=1e-4, msg=name)
 
 
+def test_a_dropped_context_is_zero_vectors_in_full_view() -> None:
+    """TextLDM's null condition: everything but the dropped contexts' latents is as without any dropping."""
+    zeros = replace(ONE_SHOT, condition_dropout=0.5, null_condition="zeros")
+    batch = make_batch(rows=40)
+    found, kept = (
+        make_recipe(flow, local=False).prepare(batch, step=0).inputs
+        for flow in (zeros, replace(zeros, condition_dropout=0.0))
+    )
+    context = (found["layout"].role == CONTEXT) & found["layout"].real
+    dropped = context & (found["latents"] == 0).all(dim=-1)
+    assert 0.35 < float(dropped.sum() / context.sum()) < 0.65
+    for row in range(40):
+        for segment in (0, 1):
+            assert len(dropped[row][context[row] & (batch.segment[row] == segment)].unique()) <= 1
+    expected, real = kept["latents"].masked_fill(dropped[..., None], 0.0), found["layout"].real
+    assert torch.equal(found["latents"][real], expected[real])
+    assert bool((kept["latents"][context].abs().sum(-1) > 0).all())
+    assert torch.equal(found["mask"].dense, kept["mask"].dense) and torch.equal(found["noise"], kept["noise"])
+    assert torch.equal(found["loss_mask"], kept["loss_mask"])
+
+
+@pytest.mark.parametrize("time_conditioning", ["adaln", "none"])
+def test_a_network_without_a_timestep_does_not_tell_them_apart(time_conditioning: str) -> None:
+    network = TextDiTConfig(trunk=TRUNK, time_conditioning=time_conditioning)  # type: ignore[arg-type]
+    recipe = make_recipe(ONE_SHOT, local=False, network=network)
+    inputs = recipe.prepare(make_batch(), step=0).inputs
+    out = []
+    for t in (0.2, 0.9):
+        times = torch.tensor([0.0, t])
+        index, layout = inputs["loss_mask"].long(), inputs["layout"]
+        args = (inputs["latents"], times, index, layout.position, inputs["loss_mask"], inputs["mask"])
+        out.append(recipe.module.network(*args)[0])
+    assert torch.equal(*out) == (time_conditioning == "none")
+    assert recipe.module.network.modulations(torch.tensor([0.5])) == [] or time_conditioning == "adaln"
+
+
+def test_the_contexts_share_of_a_segment() -> None:
+    flow = replace(ONE_SHOT, unconditional_probability=0.0, context_fraction=(0.45, 0.55))
+    batch = make_batch(rows=60, row_tokens=83)
+    inputs = make_recipe(flow, local=False).prepare(batch, step=0).inputs
+    for segment, tokens in ((0, 41), (1, 39)):
+        given = ((inputs["layout"].role == CONTEXT) & (batch.segment == segment)).sum(dim=1) / tokens
+        assert float(given.min()) > 0.41 and float(given.max()) < 0.59
+
+
+def test_noisy_copies_share_the_rows_clean_one_and_no_noise() -> None:
+    one, two = (make_recipe(replace(BLOCKS, noise_copies=copies)) for copies in (1, 2))
+    batch = make_batch()
+    first, both = (recipe.prepare(batch, step=0) for recipe in (one, two))
+    assert both.inputs["noise"].shape[1] == 2 * first.inputs["noise"].shape[1]
+    halves = both.inputs["noise"].chunk(2, dim=1)
+    assert not torch.equal(*halves)
+    assert both.inputs["loss_mask"].sum() > 1.5 * first.inputs["loss_mask"].sum()
+
+
 def test_the_null_embedding_is_on_tokens_that_see_no_context() -> None:
     flow = replace(ONE_SHOT, condition_dropout=0.4, unconditional_probability=0.3)
     recipe = make_recipe(flow, local=False, network=TextDiTConfig(trunk=TRUNK, null_embedding=True))
@@ -286,10 +341,12 @@ def test_targets_anywhere_for_infilling() -> None:
         (replace(BLOCKS, attention="prefix"), "only in one shot"),
         (replace(BLOCKS, infill_probability=0.5), "only in one shot"),
         (replace(BLOCKS, eos_padding_tokens=2), "only in one shot"),
+        (replace(BLOCKS, null_condition="zeros"), "null_condition zeros: only in one shot"),
+        (replace(ONE_SHOT, noise_copies=2), "only in blocks"),
         (replace(ONE_SHOT, block_tokens=4, objective="x0", token_weight=1.0), "token_weight.*only in one shot"),
     ],
 )
-def test_axes_of_one_shot_alone(flow: FlowConfig, message: str) -> None:
+def test_axes_of_one_shot_or_blocks_alone(flow: FlowConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_recipe(flow)
 

@@ -78,9 +78,13 @@ def test_truncation_shortens_segments_from_the_right_in_training_only() -> None:
     assert torch.equal(whole.segment, batch.segment)
 
 
-def test_repa_is_the_cosine_to_standardised_states() -> None:
+@pytest.mark.parametrize(("repa_projector", "layers"), [("linear", 1), ("mlp", 2)])
+def test_repa_is_the_cosine_to_standardised_states(repa_projector: str, layers: int) -> None:
     statistics = TeacherStatistics(torch.randn(8), torch.rand(8) + 0.5, causal=True)
-    recipe = make_recipe(TextVAERecipeConfig(network=NETWORK, repa_weight=1.0), statistics)
+    config = TextVAERecipeConfig(network=NETWORK, repa_weight=0.7, repa_projector=repa_projector)  # type: ignore[arg-type]
+    recipe = make_recipe(config, statistics)
+    assert recipe.loss_weights(0)["repa"] == 0.7 and recipe.module.projector is not None
+    assert sum(isinstance(module, torch.nn.Linear) for module in recipe.module.projector.modules()) == layers
     batch = make_batch()
     run = {"run_dir": "x", "max_steps": 1, "data": {"shards": "x"}, "vae": {"repa_weight": 1.0}}
     with pytest.raises(ConfigError, match="extract_hidden_states"):
@@ -98,8 +102,10 @@ def test_repa_is_the_cosine_to_standardised_states() -> None:
     assert float(prepared.counts["repa"]) == float(valid.sum())
 
 
-def test_finish_measures_the_latents_of_real_tokens() -> None:
-    recipe = make_recipe(TextVAERecipeConfig(network=replace(NETWORK, latent_norm="none")))
+@pytest.mark.parametrize("standardised", [True, False])
+def test_finish_measures_the_latents_of_real_tokens(standardised: bool) -> None:
+    network_config = replace(NETWORK, latent_norm="none", standardised=standardised)
+    recipe = make_recipe(TextVAERecipeConfig(network=network_config))
     batches = [make_batch(seed=1), make_batch(seed=2)]
     figures = recipe.finish(batches)
     network = recipe.module.network
@@ -109,8 +115,11 @@ def test_finish_measures_the_latents_of_real_tokens() -> None:
             for b in batches
         ]
     )
-    torch.testing.assert_close(latents.mean(0), torch.zeros(6), atol=1e-4, rtol=0)
-    torch.testing.assert_close(latents.std(0), torch.ones(6), atol=1e-3, rtol=0)
+    if standardised:
+        torch.testing.assert_close(latents.mean(0), torch.zeros(6), atol=1e-4, rtol=0)
+        torch.testing.assert_close(latents.std(0), torch.ones(6), atol=1e-3, rtol=0)
+    else:
+        assert torch.equal(network.latent_mean, torch.zeros(6)) and torch.equal(network.latent_std, torch.ones(6))
     hits = [
         (network.decode(network.encode(b.tokens, layout)[0], layout).argmax(-1) == b.tokens)[layout.real]
         for b in batches
