@@ -29,6 +29,7 @@ from megatext.recipes.base import Output, Pass, Prepared, Recipe
 from megatext.recipes.denoiser import (
     TextDiTTraining,
     best_without_input,
+    check_effects,
     feeds_back,
     make_denoiser,
     stored_weights,
@@ -143,6 +144,7 @@ class ColaDLMRecipe(Recipe):
     module: ColaDLMTraining
 
     def __init__(self, config: PretrainColaConfig) -> None:
+        check_effects(config.cola.network, config.cola.flow, "cola")
         self.config, self.seed = config.cola, config.seed
         self.vae_directory = Path(config.cola.vae)
         self.reference, self.tokenizer_fingerprint = load_text_vae(self.vae_directory)

@@ -241,8 +241,8 @@ def make_denoiser(
         raise ConfigError("network.token_embedding is for the clean history of flow.block_tokens > 0")
     if flow.token_likelihood and not tokens_out:
         raise ConfigError("flow.token_likelihood adds to token logits: it needs objective token_cross_entropy")
-    if (flow.self_conditioning_probability > 0) != network.self_conditioning:
-        raise ConfigError("flow.self_conditioning_probability > 0 and network.self_conditioning: true need each other")
+    if flow.self_conditioning_probability > 0 and not network.self_conditioning:
+        raise ConfigError("flow.self_conditioning_probability > 0 needs network.self_conditioning: true")
     check_one_shot(flow, vae)
     table = vae.token_table() if tokens_out and isinstance(vae, TextVAE) else None
     decoder = None
@@ -266,16 +266,26 @@ def check_one_shot(flow: FlowConfig, vae: TextVAE | LatentAutoencoder) -> None:
         "attention prefix": flow.attention == "prefix",
         "target_encoding with_context": flow.target_encoding == "with_context",
         "eos_padding_tokens": flow.eos_padding_tokens > 0,
-        "null_condition zeros": flow.null_condition == "zeros",
         "token_weight through the decoder": flow.objective != "token_cross_entropy" and flow.other_weight > 0,
     }
     if flow.block_tokens and any(asked.values()):
         names = ", ".join(name for name, there in asked.items() if there)
         raise ConfigError(f"flow.{names}: only in one shot (flow.block_tokens: 0)")
-    if flow.noise_copies > 1 and not flow.block_tokens:
-        raise ConfigError("flow.noise_copies: only in blocks (flow.block_tokens > 0), whose clean copy they share")
     if flow.target_encoding == "with_context" and vae.config.attention != "full":
         raise ConfigError("flow.target_encoding with_context needs a VAE whose attention is full")
+
+
+def check_effects(network: TextDiTConfig, flow: FlowConfig, where: str) -> None:
+    """Raise ConfigError, naming the field below `where`, where a training would be asked for what has no effect on it.
+    An export that was trained so is not asked: it writes as it did."""
+    if flow.block_tokens and flow.null_condition == "zeros":
+        raise ConfigError(f"{where}.flow.null_condition zeros: only in one shot (flow.block_tokens: 0); set it to drop")
+    if flow.noise_copies > 1 and not flow.block_tokens:
+        raise ConfigError(f"{where}.flow.noise_copies: only in blocks (flow.block_tokens > 0); set it to 1")
+    if network.self_conditioning and not flow.self_conditioning_probability:
+        raise ConfigError(
+            f"{where}.network.self_conditioning: true needs {where}.flow.self_conditioning_probability above 0"
+        )
 
 
 def check_block_sizes(flow: FlowConfig, vae: TextVAEConfig) -> None:

@@ -34,6 +34,7 @@ from megatext.recipes.base import Output, Pass, Prepared, Recipe
 from megatext.recipes.denoiser import (
     TextDiTTraining,
     best_without_input,
+    check_effects,
     feeds_back,
     found_timesteps,
     make_denoiser,
@@ -186,6 +187,7 @@ class LDLMRecipe(Recipe):
     module: LDLMTraining
 
     def __init__(self, config: PretrainLDLMConfig) -> None:
+        check_effects(config.ldlm.network, config.ldlm.flow, "ldlm")
         self.config, self.seed, self.flow = config.ldlm, config.seed, config.ldlm.flow
         self.language_model = Path(config.ldlm.language_model)
         tokenizer = load_tokenizer(self.language_model)

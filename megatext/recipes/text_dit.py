@@ -22,6 +22,7 @@ from megatext.recipes.base import Pass, Prepared, Recipe
 from megatext.recipes.denoiser import (
     TextDiTTraining,
     best_without_input,
+    check_effects,
     feeds_back,
     found_timesteps,
     make_denoiser,
@@ -73,6 +74,7 @@ class TextDiTRecipe(Recipe):
     module: TextDiTTraining
 
     def __init__(self, config: PretrainDiTConfig) -> None:
+        check_effects(config.dit.network, config.dit.flow, "dit")
         self.config, self.seed, self.flow = config.dit, config.seed, config.dit.flow
         self.vae_directory = Path(config.dit.vae)
         self.vae, self.tokenizer_fingerprint = load_text_vae(self.vae_directory)

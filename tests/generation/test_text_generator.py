@@ -43,7 +43,6 @@ SYSTEMS = {
 def export(directory: Path, tokenizer: Path, name: str, causal: bool = False) -> Path:
     """A model with random weights, exported."""
     flow, encoder_layers = SYSTEMS[name]
-    flow = replace(flow, self_conditioning_probability=0.5)
     torch.manual_seed(1)
     network = TextDiTConfig(
         trunk=TRUNK,
@@ -124,6 +123,19 @@ def test_heun_and_uniform_grids_run(generator: TextGenerator) -> None:
     by_quantiles = generator.grid(replace(sampling, grid="quantile")).tolist()
     expected = [float(generator.flow.timesteps.quantile(torch.tensor([u]))) for u in (2 / 3, 1 / 3)]
     assert by_quantiles == pytest.approx([1.0, *expected, 0.0], abs=1e-5)
+
+
+def test_exports_of_what_a_training_now_refuses_write_as_they_did(
+    tmp_path: Path, tokenizer_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = []
+    for null_condition in ("drop", "zeros"):  # in blocks the latter never had an effect
+        flow = replace(SYSTEMS["blocks"][0], null_condition=null_condition)  # type: ignore[arg-type]
+        monkeypatch.setitem(SYSTEMS, "blocks", (flow, 0))
+        generator = TextGenerator.from_pretrained(export(tmp_path / null_condition, tokenizer_directory, "blocks"))
+        sampling = SamplingConfig(steps=2, guidance_scale=2.0)
+        texts.append(generator.generate(PROMPTS[:1], target_tokens=[9], seeds=[0], sampling=sampling))
+    assert texts[0] == texts[1]
 
 
 def test_guidance_costs_a_second_pass_in_its_interval_alone(generator: TextGenerator) -> None:

@@ -18,6 +18,7 @@ from megatext.flow.paths import Linear, Path, TanD
 from megatext.flow.timesteps import TimestepConfig
 from megatext.nn.dit import TextDiTConfig
 from megatext.nn.layout import CONTEXT, TARGET
+from megatext.recipes.denoiser import check_effects
 from megatext.recipes.draws import RowDraws
 from megatext.recipes.flow_config import ConsistencyConfig, FlowConfig
 from megatext.recipes.noisy_rows import check_rows, cut_segments, one_shot, pad_with_ends
@@ -187,7 +188,7 @@ def test_the_contexts_share_of_a_segment() -> None:
         assert float(given.min()) > 0.41 and float(given.max()) < 0.59
 
 
-def test_noisy_copies_share_the_rows_clean_one_and_no_noise() -> None:
+def test_noisy_copies_of_a_row_have_noise_of_their_own() -> None:
     one, two = (make_recipe(replace(BLOCKS, noise_copies=copies)) for copies in (1, 2))
     batch = make_batch()
     first, both = (recipe.prepare(batch, step=0) for recipe in (one, two))
@@ -341,14 +342,27 @@ def test_targets_anywhere_for_infilling() -> None:
         (replace(BLOCKS, attention="prefix"), "only in one shot"),
         (replace(BLOCKS, infill_probability=0.5), "only in one shot"),
         (replace(BLOCKS, eos_padding_tokens=2), "only in one shot"),
-        (replace(BLOCKS, null_condition="zeros"), "null_condition zeros: only in one shot"),
-        (replace(ONE_SHOT, noise_copies=2), "only in blocks"),
         (replace(ONE_SHOT, block_tokens=4, objective="x0", token_weight=1.0), "token_weight.*only in one shot"),
     ],
 )
-def test_axes_of_one_shot_or_blocks_alone(flow: FlowConfig, message: str) -> None:
+def test_axes_of_one_shot_alone(flow: FlowConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_recipe(flow)
+
+
+@pytest.mark.parametrize(
+    ("flow", "network", "message"),
+    [
+        (replace(BLOCKS, null_condition="zeros"), TextDiTConfig(), "dit.flow.null_condition zeros: only in one shot"),
+        (replace(ONE_SHOT, noise_copies=2), TextDiTConfig(), "dit.flow.noise_copies: only in blocks"),
+        (ONE_SHOT, TextDiTConfig(self_conditioning=True), "dit.network.self_conditioning: true needs dit.flow"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(flow: FlowConfig, network: TextDiTConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_effects(network, flow, "dit")
+    for fits in (BLOCKS, replace(BLOCKS, noise_copies=2), replace(ONE_SHOT, null_condition="zeros")):
+        check_effects(TextDiTConfig(), fits, "dit")
 
 
 @pytest.mark.parametrize(

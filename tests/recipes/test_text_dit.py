@@ -153,7 +153,6 @@ def test_self_conditioning_sees_the_first_estimate() -> None:
         (replace(ONE_SHOT, block_tokens=4), False, None, "history"),
         (replace(ONE_SHOT, token_likelihood=True), True, None, "token_likelihood"),
         (replace(BLOCKS, self_conditioning_probability=0.5), True, None, "self_conditioning"),
-        (ONE_SHOT, True, TextDiTConfig(trunk=TRUNK, self_conditioning=True), "self_conditioning"),
     ],
 )
 def test_options_that_do_not_fit_together(
