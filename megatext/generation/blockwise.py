@@ -1,7 +1,8 @@
 """Block after block with KV caches (Cola DLM Eq. 2.2.4 to 2.2.6): encode the prompt, then denoise, decode and commit.
 
 Committed are whole clean blocks: their keys and values in the denoiser, and, where the autoencoder looks back, in its
-encoder and decoder. Rows are aligned by position, a slot a token, and a row that has its text takes no further part.
+encoder and decoder. Those of a block in the denoiser come with the first pass over the next. Rows are aligned by
+position, a slot a token, and a row that has its text takes no further part.
 """
 
 from collections.abc import Iterator
@@ -38,7 +39,9 @@ def generate(
 
 @dataclass
 class _View:
-    """What the denoiser is given at every step of a block besides the noisy latents, for some rows."""
+    """What the denoiser is given in a pass besides the noisy latents, for some rows. Its columns: the block before, if
+    its keys and values are not in the cache yet; the block that is written; under guidance this once more, as if
+    nothing stood before it."""
 
     position: Tensor
     given: Tensor
@@ -47,6 +50,20 @@ class _View:
     neighbours: Tensor
     mask: Mask
     past: list[KeysValues] | None
+    tokens: Tensor
+    """Of the block before: as many as its columns, or none."""
+    copies: int
+    """Of the block that is written: 2 under guidance."""
+
+
+@dataclass
+class _Written:
+    """A block of some rows whose keys and values the next pass of the denoiser works out beside its own: where a pass
+    over the weights is what takes time, this saves one a block."""
+
+    position: Tensor
+    tokens: Tensor
+    latents: Tensor
 
 
 class _Writer:
@@ -64,6 +81,7 @@ class _Writer:
         for row, request in enumerate(requests):
             self.tokens[row, : len(request.prompt)] = torch.tensor(request.prompt, dtype=torch.long)
         self.committed = torch.zeros_like(self.known)
+        self.before: _Written | None = None  # of the rows that are unfinished
         self.cache = self._cache(self.network.trunk, self.network.latent_in.weight.dtype)
         of_vae = self.vae.latent_in.weight.dtype
         self.encoder_cache = None if self.vae.token_local else self._cache(self.vae.encoder, of_vae)
@@ -89,7 +107,20 @@ class _Writer:
         while len(rows := (whole > start).nonzero()[:, 0]):
             end = min(start + chunk, int(whole[rows].min()))
             position = torch.arange(start, end, device=self.device).expand(len(rows), -1)
-            self._commit(rows, position, torch.ones_like(position, dtype=torch.bool))
+            latents, real = self._history(rows, position), torch.ones_like(position).bool()
+            mask, past = self._after("two_stream", self.cache, rows, position, real, self.size)
+            _, kept = self.network(
+                latents,
+                self.modulations,
+                torch.zeros_like(position),
+                position,
+                ~real,
+                mask,
+                tokens=self.tokens[rows].gather(1, position),
+                past=past,
+                history=position.shape[1],
+            )
+            self._store(kept, rows, position)
             start = end
 
     def next_block(self) -> list[list[int]]:
@@ -118,26 +149,25 @@ class _Writer:
             self.known[row] = end
         goes_on = self.known[rows] < self.length[rows]
         if bool(goes_on.any()):
-            latents = final[goes_on] if self.sampling.history == "latents" else None
-            whole = torch.ones_like(given[goes_on])
-            self._commit(rows[goes_on], position[goes_on], whole, latents)
+            rows, position = rows[goes_on], position[goes_on]
+            latents = self._history(rows, position, final[goes_on] if self.sampling.history == "latents" else None)
+            self.before = _Written(position, written[goes_on], latents)
         return pieces
 
     def _denoise(self, rows: Tensor, position: Tensor, given: Tensor, clean: Tensor) -> Tensor:
         """Clean repaint: tokens of the block that the prompt gives stay at their latents and at t = 0."""
-        conditional = self._view(rows, position, given, clean, conditional=True)
-        both: _View | None = None
+        begun = self.before is not None or bool((self.committed[rows] > 0).any())
+        views: dict[bool, _View] = {}
 
         def predict(z: Tensor, t: Tensor, previous: Tensor | None, guided: bool) -> tuple[Tensor, Tensor | None]:
-            nonlocal both
-            if not guided or conditional.past is None:  # without history both are the same
-                return self._predict(conditional, z, t, previous), None
-            if both is None:
-                both = _beside(conditional, self._view(rows, position, given, clean, conditional=False))
-            # one pass over the weights, which at these few tokens are what takes time
-            twice = None if previous is None else previous.repeat(2, 1, 1)
-            with_history, without = self._predict(both, z.repeat(2, 1, 1), t, twice).chunk(2)
-            return with_history, without
+            guided = guided and begun  # with nothing before a block both are the same
+            if self.before is not None:
+                predicted = self._predict(self._view(rows, position, given, clean, guided), z, t, previous, rows)
+            else:
+                if guided not in views:
+                    views[guided] = self._view(rows, position, given, clean, guided)
+                predicted = self._predict(views[guided], z, t, previous, rows)
+            return predicted[0], (predicted[1] if guided else None)
 
         chosen = [self.requests[i] for i in rows.tolist()]
         noise = Noise(chosen, position[:, 0].tolist(), [(0, self.size)] * len(chosen), self.device)
@@ -156,32 +186,60 @@ class _Writer:
         final = self.generator.denoise(noise, self.sampling, predict, decode, counted, observe)
         return final if final.ndim < 3 else torch.where(given[..., None], clean, final)
 
-    def _predict(self, view: _View, z: Tensor, t: Tensor, previous: Tensor | None) -> Tensor:
-        given = view.given[..., None]
-        return self.network(
-            torch.where(given, view.clean, z),
+    def _predict(self, view: _View, z: Tensor, t: Tensor, previous: Tensor | None, rows: Tensor) -> tuple[Tensor, ...]:
+        """Of every copy of the block, float32 `[rows, size, channels or vocab_size]`."""
+        before, given = view.tokens.shape[1], view.given[..., None]
+
+        def beside(latents: Tensor) -> Tensor:
+            return torch.where(
+                given, view.clean, torch.cat((view.clean[:, :before], latents.repeat(1, view.copies, 1)), 1)
+            )
+
+        target = torch.ones_like(view.given)
+        target[:, :before] = False
+        predicted, kept = self.network(
+            beside(z),
             self.modulations,
             (~view.given).long() * self.step_of[float(t)],
             view.position,
-            torch.ones_like(view.given),
+            target,
             view.mask,
-            self_condition=None if previous is None else torch.where(given, view.clean, previous),
+            self_condition=None if previous is None else beside(previous),
             alone=view.alone,
+            tokens=view.tokens,
             neighbours=view.neighbours,
             past=view.past,
-        )[0].float()
+            history=before,
+        )
+        if before:
+            self._store([(k[:, :, :before], v[:, :, :before]) for k, v in kept], rows, view.position[:, :before])
+            self.before = None
+        return predicted.float().chunk(view.copies, dim=1)
 
-    def _view(self, rows: Tensor, position: Tensor, given: Tensor, clean: Tensor, *, conditional: bool) -> _View:
-        """With the history before a block, or as if there were none."""
+    def _view(self, rows: Tensor, position: Tensor, given: Tensor, clean: Tensor, guided: bool) -> _View:
+        everything, inside = torch.ones_like(given), given.roll(1, dims=1)
         left = self.tokens[rows].gather(1, (position - 1).clamp(min=0))
         first = position % self.size == 0
-        clean_left = (position > 0) & torch.where(first, conditional, given.roll(1, dims=1))
-        everything = torch.ones_like(given)
-        mask, past = self._after("two_stream", self.cache, rows, position, everything, self.size, TARGET)
-        if not conditional and mask.dense is not None:
-            mask.dense[..., : -self.size] = False
-        alone = (position < self.size) if conditional else everything  # the first block has nothing before it
-        return _View(position, given, clean, alone, torch.where(clean_left, left, -1), mask, past)
+
+        def told(clean_left: Tensor) -> Tensor:
+            return torch.where((position > 0) & clean_left, left, -1)
+
+        role = torch.full_like(position, TARGET)
+        # the first block has nothing before it
+        columns = [(position, role, given, clean, position < self.size, told(first | inside))]
+        if guided:
+            columns.append((position, role + 1, given, clean, everything, told(~first & inside)))
+        tokens = position[:, :0]
+        if self.before is not None:
+            b, tokens = self.before, self.before.tokens
+            history, nobody = torch.full_like(b.position, CONTEXT), torch.full_like(b.position, -1)
+            columns.insert(0, (b.position, history, everything, b.latents, ~everything, nobody))
+        whole, roles, known, latents, alone, neighbours = (torch.cat(x, dim=1) for x in zip(*columns, strict=True))
+        mask, past = self._after("two_stream", self.cache, rows, whole, torch.ones_like(known), self.size, roles)
+        if guided:
+            assert mask.dense is not None
+            mask.dense[:, :, -self.size :, : -self.size] = False
+        return _View(whole, known, latents, alone, neighbours, mask, past, tokens, 1 + guided)
 
     def _after(
         self,
@@ -191,10 +249,10 @@ class _Writer:
         position: Tensor,
         real: Tensor,
         block_tokens: int,
-        role: int = CONTEXT,
+        role: Tensor | None = None,
     ) -> tuple[Mask, list[KeysValues] | None]:
         """Who sees whom where the `real` tokens at `position` stand after what is committed, and that."""
-        own = Layout.of(torch.where(real, 0, PADDING), position, torch.full_like(position, role), block_tokens)
+        own = Layout.of(torch.where(real, 0, PADDING), position, role, block_tokens)
         until = int(self.committed[rows].max())
         if until == 0:
             return make_mask(rule, own, backend="dense"), None
@@ -204,30 +262,22 @@ class _Writer:
         before = Layout.of(segment, slots, block_tokens=block_tokens)
         return make_mask(rule, own, Layout.concatenate([before, own]), backend="dense"), cache.of(rows, until)
 
-    def _commit(self, rows: Tensor, position: Tensor, keep: Tensor, latents: Tensor | None = None) -> None:
-        """Write keys and values of the tokens at `position [rows, n]` where `keep`, whole blocks each; `latents`
-        instead of those that their encoding gives."""
-        tokens = self.tokens[rows].gather(1, position)
+    def _history(self, rows: Tensor, position: Tensor, latents: Tensor | None = None) -> Tensor:
+        """Clean latents of the tokens at `position [rows, n]`, whole blocks, for the denoiser: `latents`, or those that
+        their encoding gives. The autoencoder's caches take them in."""
+        real = torch.ones_like(position).bool()
         if latents is None:
-            latents = self._encode(rows, tokens, position, keep, commit=True)
-        mask, past = self._after("two_stream", self.cache, rows, position, keep, self.size)
-        _, kept = self.network(
-            latents,
-            self.modulations,
-            torch.zeros_like(position),
-            position,
-            torch.zeros_like(keep),
-            mask,
-            tokens=tokens,
-            past=past,
-            predict=False,
-        )
-        self.cache.write(kept, rows, position, keep)
+            latents = self._encode(rows, self.tokens[rows].gather(1, position), position, real, commit=True)
         if self.decoder_cache is not None:
-            mask, past = self._vae_after(self.decoder_cache, rows, position, keep)
+            mask, past = self._vae_after(self.decoder_cache, rows, position, real)
             _, kept = self.vae.decode_after(self.vae.unstandardise(latents), position, mask, past)
-            self.decoder_cache.write(kept, rows, position, keep)
-        self.committed[rows] += keep.sum(dim=1)
+            self.decoder_cache.write(kept, rows, position, real)
+        return latents
+
+    def _store(self, kept: list[KeysValues], rows: Tensor, position: Tensor) -> None:
+        """The denoiser's keys and values of whole clean blocks: they are committed now."""
+        self.cache.write(kept, rows, position, torch.ones_like(position).bool())
+        self.committed[rows] += position.shape[1]
 
     def _vae_after(
         self, cache: KVCache, rows: Tensor, position: Tensor, real: Tensor
@@ -260,18 +310,3 @@ class _Writer:
         whole = before.scatter(1, position[..., None].expand_as(latents), latents)
         layout = Layout.of(torch.where(slots <= position[:, -1:], 0, PADDING), slots)
         return self.vae.decode(self.vae.unstandardise(whole), layout, position)
-
-
-def _beside(a: _View, b: _View) -> _View:
-    """Two views of the same columns as one of twice as many rows."""
-    assert a.mask.dense is not None and b.mask.dense is not None and a.past is not None and b.past is not None
-    past = [(torch.cat((k, k2)), torch.cat((v, v2))) for (k, v), (k2, v2) in zip(a.past, b.past, strict=True)]
-    return _View(
-        torch.cat((a.position, b.position)),
-        torch.cat((a.given, b.given)),
-        torch.cat((a.clean, b.clean)),
-        torch.cat((a.alone, b.alone)),
-        torch.cat((a.neighbours, b.neighbours)),
-        Mask(dense=torch.cat((a.mask.dense, b.mask.dense))),
-        past,
-    )

@@ -194,7 +194,7 @@ def _blocks(generator: "TextGenerator", pairs: list[tuple[list[int], list[int]]]
         nothing.bool(),
         make_mask("two_stream", clean, backend="dense"),
         tokens=tokens,
-        predict=False,
+        history=columns,
     )
 
     def predict(z: Tensor, t: Tensor) -> Tensor:

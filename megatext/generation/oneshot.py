@@ -80,7 +80,7 @@ class Writer:
                 both.position,
                 nothing.bool(),
                 make_mask("full", both, backend="dense"),
-                predict=False,
+                history=both.position.shape[1],
             )
 
     def predict(self, z: Tensor, t: Tensor, previous: Tensor | None, guided: bool) -> tuple[Tensor, Tensor | None]:

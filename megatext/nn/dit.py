@@ -95,24 +95,26 @@ class TextDiT(nn.Module):
         tokens: Tensor | None = None,
         neighbours: Tensor | None = None,
         past: Sequence[KeysValues] | None = None,
-        predict: bool = True,
+        history: int = 0,
     ) -> tuple[Tensor, list[KeysValues]]:
-        """latents `[rows, tokens, channels]`; `timesteps [distinct]` float32, or what `modulations` gave for them, and
-        `timestep_index [rows, tokens]` into it; `position [rows, tokens]`; `target` bool `[rows, tokens]` (to be
-        generated); `alone` bool `[rows, tokens]` (sees no context); `tokens` int64 `[rows, tokens]` where all of these
-        are known (history), `neighbours` like it the tokens to the left, -1 where not clean; `past` keys and values of
-        tokens before these. Returns the prediction `[rows, tokens, channels or vocab_size]` and the tokens' own keys
-        and values; without `predict` only the latter mean anything."""
+        """latents `[rows, columns, channels]`; `timesteps [distinct]` float32, or what `modulations` gave for them, and
+        `timestep_index [rows, columns]` into it; `position [rows, columns]`; `target` bool `[rows, columns]` (to be
+        generated); `alone` bool `[rows, columns]` (sees no context); `tokens` int64 `[rows, known]`, those of the first
+        columns where they are known; `neighbours` int64 `[rows, columns]` the tokens to the left, -1 where not clean;
+        `past` keys and values of tokens before these; nothing is predicted of the first `history` columns. Returns the
+        prediction `[rows, columns - history, channels or vocab_size]` and the columns' own keys and values."""
         if self.config.self_conditioning:
             # context has no estimate: its latents are known
             previous = torch.zeros_like(latents) if self_condition is None else self_condition * target[..., None]
             latents = torch.cat((latents, previous), dim=-1)
         scale = self.config.trunk.width**0.5 if self.config.unit_input else 1.0  # of an embedding
+        parts, known = [], 0
         if self.token_embedding is not None and tokens is not None:
-            x = self.token_embedding(tokens) * scale
-        else:
-            x = self.latent_in(latents.to(self.latent_in.weight.dtype))
-            x = x if self.config.unit_input else x * self.config.trunk.width**-0.5
+            parts, known = [self.token_embedding(tokens) * scale], tokens.shape[1]
+        if known < latents.shape[1]:
+            x = self.latent_in(latents[:, known:].to(self.latent_in.weight.dtype))
+            parts.append(x if self.config.unit_input else x * self.config.trunk.width**-0.5)
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if self.token_embedding is not None and neighbours is not None:
             left = self.neighbour_embedding(neighbours.clamp(min=0)) * scale
             x = x + left.masked_fill((neighbours < 0)[..., None], 0.0)
@@ -122,8 +124,10 @@ class TextDiT(nn.Module):
             x = x + self.null(torch.zeros_like(position)) * alone[..., None]
         tables = timesteps if isinstance(timesteps, list) else self.modulations(timesteps)
         condition = (tables, timestep_index) if tables else None
-        x, kept = self.trunk(x, position, mask, condition, past, only_keys_values=not predict)
-        if self.modulation is not None and predict:
-            shift, scale = F.embedding(timestep_index, tables[-1]).chunk(2, dim=-1)
+        nothing = history == x.shape[1]
+        x, kept = self.trunk(x, position, mask, condition, past, only_keys_values=nothing)
+        x = x[:, history:]
+        if self.modulation is not None and not nothing:
+            shift, scale = F.embedding(timestep_index[:, history:], tables[-1]).chunk(2, dim=-1)
             x = x * (1 + scale) + shift
-        return (self.head(x) if predict else x), kept
+        return (x if nothing else self.head(x)), kept

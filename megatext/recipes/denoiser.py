@@ -129,7 +129,7 @@ class TextDiTTraining(nn.Module):
             torch.zeros_like(history.layout.real),
             history.mask,
             tokens=history.tokens,
-            predict=False,
+            history=history.tokens.shape[1],
         )
         return past
 

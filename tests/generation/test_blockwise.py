@@ -128,7 +128,7 @@ def test_prompts_are_read_without_padding(
     monkeypatch.setattr(blockwise, "PREFILL_TOKENS", chunk)
     read: list[int] = []
     handle = generator.module.network.register_forward_hook(
-        lambda module, args, kwargs, output: read.append(args[0].shape[0] * args[0].shape[1] * (not kwargs["predict"])),
+        lambda module, args, kwargs, output: read.append(args[0].shape[0] * kwargs.get("history", 0)),
         with_kwargs=True,
     )
     writer = blockwise._Writer(generator, requests, SAMPLING)
@@ -137,6 +137,17 @@ def test_prompts_are_read_without_padding(
     handle.remove()
     assert sum(read) == 24 + 8 + 0 + 16 and writer.committed.tolist() == [24, 8, 0, 16]
     assert write(generator, requests, SAMPLING) == whole
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_a_block_costs_its_steps_and_no_pass_more(guidance_scale: float, generator: TextGenerator) -> None:
+    """A written block is read beside the first step of the next, and under guidance both passes are one."""
+    passes: list[tuple[int, ...]] = []
+    generator.module.network.register_forward_hook(lambda module, args, output: passes.append(args[0].shape[:2]))
+    write(generator, [Request([7] * 8, 12, 0)], replace(SAMPLING, guidance_scale=guidance_scale))
+    block = 4 * (1 if guidance_scale == 1 else 2)
+    first, others = [(1, block)] * 4, [(1, 4 + block), *[(1, block)] * 3]
+    assert passes == [(1, 8), *first, *others, *others]
 
 
 class EndsAt(torch.nn.Module):

@@ -131,7 +131,7 @@ class ExactBlocks(nn.Module):
         self.table, self.joint = table, joint
 
     def forward(self, z: Tensor, times: Tensor, index: Tensor, position: Tensor, *rest: Any, **more: Any) -> Any:
-        if not more.get("predict", True):
+        if more.get("history"):
             return z, [more["tokens"]]
         (tokens,), texts = more["past"], list(itertools.product(range(2), repeat=4))
         out = torch.full((*z.shape[:2], len(self.table)), -1e9, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -139,21 +140,24 @@ def test_exports_of_what_a_training_now_refuses_write_as_they_did(
 
 
 def test_guidance_costs_a_second_pass_in_its_interval_alone(generator: TextGenerator) -> None:
-    rows: list[int] = []
+    predicted: list[int] = []
     generator.module.network.register_forward_hook(
-        lambda module, args, kwargs, output: rows.append(len(args[0])) if kwargs.get("predict", True) else None,
-        with_kwargs=True,
+        lambda module, args, output: predicted.append(output[0].shape[0] * output[0].shape[1]),
     )
-    texts = {}
+    request = [Request(generator.tokenizer.encode(PROMPTS[0])[:4], 4, 0)]
+
+    def write(**options: Any) -> tuple[list[list[list[int]]], list[int]]:
+        predicted.clear()
+        text = list(generator._pieces(request, SamplingConfig(steps=4, grid="uniform", **options)))
+        return text, [tokens for tokens in predicted if tokens]  # reading the prompt predicts nothing
+
+    plain, once = write()
     for interval in ((0.0, 1.0), (0.5, 0.7), (0.0, 0.0)):
-        sampling = SamplingConfig(steps=4, grid="uniform", guidance_scale=3.0, guidance_interval=interval)
-        rows.clear()
-        request = [Request(generator.tokenizer.encode(PROMPTS[0])[:4], 4, 0)]
-        texts[interval] = list(generator._pieces(request, sampling))
-        steps = [1.0, 0.75, 0.5, 0.25]
-        assert rows == [1 + (interval[0] <= t <= interval[1]) for t in steps]
-    plain = list(generator._pieces(request, SamplingConfig(steps=4, grid="uniform")))
-    assert texts[0.0, 0.0] == plain
+        text, tokens = write(guidance_scale=3.0, guidance_interval=interval)
+        assert tokens == [
+            n * (1 + (interval[0] <= t <= interval[1])) for n, t in zip(once, [1, 0.75, 0.5, 0.25], strict=True)
+        ]
+        assert interval != (0.0, 0.0) or text == plain
 
 
 @pytest.mark.parametrize(("name", "causal"), [("blocks", False), ("blocks_velocity", True)])
@@ -169,8 +173,7 @@ def test_cached_generation_equals_the_whole_row(
     seen: list[torch.Tensor] = []
     network = generator.module.network
     handle = network.register_forward_hook(
-        lambda module, args, kwargs, output: seen.append(output[0]) if kwargs.get("predict", True) else None,
-        with_kwargs=True,
+        lambda module, args, output: seen.append(output[0]) if output[0].shape[1] else None
     )
     text = generator.tokenizer.decode(prompt)
     assert generator.tokenizer.encode(text) == prompt

@@ -30,8 +30,7 @@ def predictions(recipe: Any, inputs: dict[str, Any]) -> list[Tensor]:
     """What the network said in a forward pass of the losses, call by call."""
     seen: list[Tensor] = []
     hook = recipe.module.network.register_forward_hook(
-        lambda module, args, kwargs, output: seen.append(output[0]) if kwargs.get("predict", True) else None,
-        with_kwargs=True,
+        lambda module, args, output: seen.append(output[0]) if output[0].shape[1] else None
     )
     recipe.module(**inputs)
     hook.remove()

@@ -63,7 +63,7 @@ def test_clean_tokens_are_read_as_the_language_model_reads_them(language_model: 
     )
     with torch.no_grad():
         logits, kept = network(*arguments, tokens=tokens)
-        _, only_kept = network(*arguments, tokens=tokens, predict=False)
+        _, only_kept = network(*arguments, tokens=tokens, history=11)
         expected = AutoModelForCausalLM.from_pretrained(language_model)(tokens, use_cache=True)
     torch.testing.assert_close(logits, expected.logits, rtol=1e-4, atol=1e-4)
     for layer, (keys, values) in zip(expected.past_key_values.layers, kept, strict=True):
