@@ -94,7 +94,7 @@ def main() -> None:
     options.dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     torch.manual_seed(0)
     full, prefix = FlowConfig(objective="x0"), FlowConfig(objective="x0", attention="prefix")
-    blocks, pairs = (FlowConfig(objective="token_cross_entropy", block_tokens=tokens) for tokens in (16, 2))
+    blocks, pairs, ones = (FlowConfig(objective="token_cross_entropy", block_tokens=tokens) for tokens in (16, 2, 1))
     runs = {"AR, KV cache": autoregressive(options, options.device)}
     for steps in options.steps:
         runs[f"one shot, {steps} steps"] = diffusion(options, options.device, full, SamplingConfig(steps=steps))
@@ -111,6 +111,7 @@ def main() -> None:
     runs["blocks of 2, 2 steps, guidance"] = diffusion(
         options, options.device, pairs, dataclasses.replace(two, guidance_scale=2.0)
     )
+    runs["blocks of 1, 1 step"] = diffusion(options, options.device, ones, dataclasses.replace(two, steps=1))
     seconds = {name: 1 / rate for name, rate in best_of(runs, options.repeats).items()}
     ar = seconds["AR, KV cache"]
     rows = [[name, f"{s:.2f}", f"{ar / s:.2f} x"] for name, s in seconds.items()]

@@ -80,8 +80,9 @@ class _Writer:
         self.tokens = torch.zeros(len(requests), self.slots, dtype=torch.long, device=self.device)
         for row, request in enumerate(requests):
             self.tokens[row, : len(request.prompt)] = torch.tensor(request.prompt, dtype=torch.long)
+        # in the denoiser's cache; those of the autoencoder are ahead of it by the block that waits for the next pass
         self.committed = torch.zeros_like(self.known)
-        self.before: _Written | None = None  # of the rows that are unfinished
+        self.waiting: _Written | None = None  # of the rows that are unfinished
         self.cache = self._cache(self.network.trunk, self.network.latent_in.weight.dtype)
         of_vae = self.vae.latent_in.weight.dtype
         self.encoder_cache = None if self.vae.token_local else self._cache(self.vae.encoder, of_vae)
@@ -107,7 +108,7 @@ class _Writer:
         while len(rows := (whole > start).nonzero()[:, 0]):
             end = min(start + chunk, int(whole[rows].min()))
             position = torch.arange(start, end, device=self.device).expand(len(rows), -1)
-            latents, real = self._history(rows, position), torch.ones_like(position).bool()
+            latents, real = self._commit_autoencoder(rows, position), torch.ones_like(position).bool()
             mask, past = self._after("two_stream", self.cache, rows, position, real, self.size)
             _, kept = self.network(
                 latents,
@@ -120,7 +121,7 @@ class _Writer:
                 past=past,
                 history=position.shape[1],
             )
-            self._store(kept, rows, position)
+            self._commit_denoiser(kept, rows, position)
             start = end
 
     def next_block(self) -> list[list[int]]:
@@ -150,23 +151,23 @@ class _Writer:
         goes_on = self.known[rows] < self.length[rows]
         if bool(goes_on.any()):
             rows, position = rows[goes_on], position[goes_on]
-            latents = self._history(rows, position, final[goes_on] if self.sampling.history == "latents" else None)
-            self.before = _Written(position, written[goes_on], latents)
+            latents = self._commit_autoencoder(
+                rows, position, final[goes_on] if self.sampling.history == "latents" else None
+            )
+            self.waiting = _Written(position, written[goes_on], latents)
         return pieces
 
     def _denoise(self, rows: Tensor, position: Tensor, given: Tensor, clean: Tensor) -> Tensor:
         """Clean repaint: tokens of the block that the prompt gives stay at their latents and at t = 0."""
-        begun = self.before is not None or bool((self.committed[rows] > 0).any())
+        begun = self.waiting is not None or bool((self.committed[rows] > 0).any())
         views: dict[bool, _View] = {}
 
         def predict(z: Tensor, t: Tensor, previous: Tensor | None, guided: bool) -> tuple[Tensor, Tensor | None]:
             guided = guided and begun  # with nothing before a block both are the same
-            if self.before is not None:
-                predicted = self._predict(self._view(rows, position, given, clean, guided), z, t, previous, rows)
-            else:
-                if guided not in views:
-                    views[guided] = self._view(rows, position, given, clean, guided)
-                predicted = self._predict(views[guided], z, t, previous, rows)
+            view = views.get(guided) or self._view(rows, position, given, clean, guided)
+            predicted = self._predict(view, z, t, previous, rows)
+            if not view.tokens.numel():
+                views[guided] = view
             return predicted[0], (predicted[1] if guided else None)
 
         chosen = [self.requests[i] for i in rows.tolist()]
@@ -187,16 +188,16 @@ class _Writer:
         return final if final.ndim < 3 else torch.where(given[..., None], clean, final)
 
     def _predict(self, view: _View, z: Tensor, t: Tensor, previous: Tensor | None, rows: Tensor) -> tuple[Tensor, ...]:
-        """Of every copy of the block, float32 `[rows, size, channels or vocab_size]`."""
-        before, given = view.tokens.shape[1], view.given[..., None]
+        """Of every copy of the block, float32 `[rows, size, channels or vocab_size]`. Commits the block that waits."""
+        waiting, given = view.tokens.shape[1], view.given[..., None]
 
         def beside(latents: Tensor) -> Tensor:
             return torch.where(
-                given, view.clean, torch.cat((view.clean[:, :before], latents.repeat(1, view.copies, 1)), 1)
+                given, view.clean, torch.cat((view.clean[:, :waiting], latents.repeat(1, view.copies, 1)), 1)
             )
 
         target = torch.ones_like(view.given)
-        target[:, :before] = False
+        target[:, :waiting] = False
         predicted, kept = self.network(
             beside(z),
             self.modulations,
@@ -209,17 +210,19 @@ class _Writer:
             tokens=view.tokens,
             neighbours=view.neighbours,
             past=view.past,
-            history=before,
+            history=waiting,
         )
-        if before:
-            self._store([(k[:, :, :before], v[:, :, :before]) for k, v in kept], rows, view.position[:, :before])
-            self.before = None
+        if waiting:
+            self._commit_denoiser(
+                [(k[:, :, :waiting], v[:, :, :waiting]) for k, v in kept], rows, view.position[:, :waiting]
+            )
+            self.waiting = None
         return predicted.float().chunk(view.copies, dim=1)
 
     def _view(self, rows: Tensor, position: Tensor, given: Tensor, clean: Tensor, guided: bool) -> _View:
-        everything, inside = torch.ones_like(given), given.roll(1, dims=1)
+        everything, first = torch.ones_like(given), position % self.size == 0
         left = self.tokens[rows].gather(1, (position - 1).clamp(min=0))
-        first = position % self.size == 0
+        inside = given.roll(1, dims=1)  # the last is never given, so none is left of the first
 
         def told(clean_left: Tensor) -> Tensor:
             return torch.where((position > 0) & clean_left, left, -1)
@@ -228,12 +231,12 @@ class _Writer:
         # the first block has nothing before it
         columns = [(position, role, given, clean, position < self.size, told(first | inside))]
         if guided:
-            columns.append((position, role + 1, given, clean, everything, told(~first & inside)))
+            columns.append((position, role + 1, given, clean, everything, told(inside)))
         tokens = position[:, :0]
-        if self.before is not None:
-            b, tokens = self.before, self.before.tokens
-            history, nobody = torch.full_like(b.position, CONTEXT), torch.full_like(b.position, -1)
-            columns.insert(0, (b.position, history, everything, b.latents, ~everything, nobody))
+        if self.waiting is not None:
+            block, tokens = self.waiting, self.waiting.tokens
+            context, nobody = torch.full_like(tokens, CONTEXT), torch.full_like(tokens, -1)
+            columns.insert(0, (block.position, context, everything, block.latents, ~everything, nobody))
         whole, roles, known, latents, alone, neighbours = (torch.cat(x, dim=1) for x in zip(*columns, strict=True))
         mask, past = self._after("two_stream", self.cache, rows, whole, torch.ones_like(known), self.size, roles)
         if guided:
@@ -259,10 +262,10 @@ class _Writer:
         slots = torch.arange(until, device=self.device).expand(len(rows), -1)
         # slots not yet written belong to nobody
         segment = torch.where(slots < self.committed[rows, None], 0, PADDING - 1)
-        before = Layout.of(segment, slots, block_tokens=block_tokens)
-        return make_mask(rule, own, Layout.concatenate([before, own]), backend="dense"), cache.of(rows, until)
+        earlier = Layout.of(segment, slots, block_tokens=block_tokens)
+        return make_mask(rule, own, Layout.concatenate([earlier, own]), backend="dense"), cache.of(rows, until)
 
-    def _history(self, rows: Tensor, position: Tensor, latents: Tensor | None = None) -> Tensor:
+    def _commit_autoencoder(self, rows: Tensor, position: Tensor, latents: Tensor | None = None) -> Tensor:
         """Clean latents of the tokens at `position [rows, n]`, whole blocks, for the denoiser: `latents`, or those that
         their encoding gives. The autoencoder's caches take them in."""
         real = torch.ones_like(position).bool()
@@ -271,12 +274,12 @@ class _Writer:
         if self.decoder_cache is not None:
             mask, past = self._vae_after(self.decoder_cache, rows, position, real)
             _, kept = self.vae.decode_after(self.vae.unstandardise(latents), position, mask, past)
-            self.decoder_cache.write(kept, rows, position, real)
+            self.decoder_cache.write(kept, rows, position)
         return latents
 
-    def _store(self, kept: list[KeysValues], rows: Tensor, position: Tensor) -> None:
+    def _commit_denoiser(self, kept: list[KeysValues], rows: Tensor, position: Tensor) -> None:
         """The denoiser's keys and values of whole clean blocks: they are committed now."""
-        self.cache.write(kept, rows, position, torch.ones_like(position).bool())
+        self.cache.write(kept, rows, position)
         self.committed[rows] += position.shape[1]
 
     def _vae_after(
@@ -292,7 +295,7 @@ class _Writer:
         mask, past = self._vae_after(self.encoder_cache, rows, position, real)
         mean, _, _, kept = self.vae.encode_after(tokens, position, mask, past)
         if commit:
-            self.encoder_cache.write(kept, rows, position, real)
+            self.encoder_cache.write(kept, rows, position)
         return self.vae.standardise(mean)
 
     def _decode(self, rows: Tensor, final: Tensor, position: Tensor) -> Tensor:
@@ -306,7 +309,7 @@ class _Writer:
             hidden, _ = self.vae.decode_after(self.vae.unstandardise(latents), position, mask, past)
             return self.vae.unembedding(hidden)
         slots = torch.arange(self.slots, device=self.device).expand(len(rows), -1)
-        before = self.generator.latents_of(self.tokens[rows], Layout.of(torch.zeros_like(slots), slots))
-        whole = before.scatter(1, position[..., None].expand_as(latents), latents)
+        earlier = self.generator.latents_of(self.tokens[rows], Layout.of(torch.zeros_like(slots), slots))
+        whole = earlier.scatter(1, position[..., None].expand_as(latents), latents)
         layout = Layout.of(torch.where(slots <= position[:, -1:], 0, PADDING), slots)
         return self.vae.decode(self.vae.unstandardise(whole), layout, position)

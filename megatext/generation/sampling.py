@@ -22,7 +22,7 @@ class SamplingConfig:
     """Of the token distribution whose expected latent is x0; 0 takes the likeliest. Needs a model that ends in
     token logits."""
     guidance_scale: float = 1.0
-    """1 is no guidance; above 1 every step in the interval costs a second network call."""
+    """1 is no guidance; above 1 every step in the interval costs as much again, in the same call."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Timesteps in which guidance acts."""
     exit_margin: float = 0.0

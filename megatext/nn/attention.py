@@ -91,14 +91,11 @@ class KVCache:
         """How many there are."""
         return self.keys.shape[1]
 
-    def write(self, kept: list[KeysValues], rows: Tensor, position: Tensor, keep: Tensor) -> None:
-        """Store keys and values, a block, of n columns of the cache's rows `rows [m]` at slots `position [m, n]` where
-        `keep [m, n]`."""
-        own, columns = keep.nonzero(as_tuple=True)
-        slots, into = position[own, columns], rows[own]
+    def write(self, kept: list[KeysValues], rows: Tensor, position: Tensor) -> None:
+        """Store keys and values, a block, of n columns of the cache's rows `rows [m]` at slots `position [m, n]`."""
         for layer, (k, v) in enumerate(kept):
-            self.keys[layer][into, :, slots] = k[own, :, columns]
-            self.values[layer][into, :, slots] = v[own, :, columns]
+            self.keys[layer][rows[:, None], :, position] = k.transpose(1, 2)
+            self.values[layer][rows[:, None], :, position] = v.transpose(1, 2)
 
     def of(self, rows: Tensor, slots: int) -> list[KeysValues]:
         """Keys and values a block of the first `slots` slots of some rows, ascending; views where these are all."""

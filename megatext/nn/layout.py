@@ -17,7 +17,7 @@ AttentionRule = Literal["full", "prefix", "causal", "block_causal", "two_stream"
 CONTEXT = 0
 """Role of clean tokens that are given: the context of a continuation, the clean copy of two-stream training."""
 TARGET = 1
-"""Role of tokens to be generated. In two-stream training noisy copy r has role TARGET + r (r = 0, 1, ...)."""
+"""Role of tokens to be generated. In two streams noisy copy r has role TARGET + r (r = 0, 1, ...)."""
 PADDING = -1
 """Segment of padding."""
 

@@ -35,9 +35,8 @@ def write(generator: TextGenerator, requests: list[Request], sampling: SamplingC
 def write_without_caches(generator: TextGenerator, request: Request, sampling: SamplingConfig, size: int) -> list[int]:
     """One text, everything computed anew at every step: two streams of the whole text in one row, guidance in a pass
     of its own, plain Euler steps."""
-    vae, network = generator.vae, generator.module.network
-    tokens = list(request.prompt)
-    total = len(request.prompt) + request.target_tokens
+    vae, module, barred = generator.vae, generator.module, generator.barred(sampling)
+    tokens, total = list(request.prompt), len(request.prompt) + request.target_tokens
     history = torch.zeros(0, vae.config.latent_channels)  # standardised latents of whole blocks
     grid = generator.grid(sampling)
 
@@ -46,14 +45,16 @@ def write_without_caches(generator: TextGenerator, request: Request, sampling: S
         layout = vae.layout(torch.zeros_like(position), position)
         return vae.standardise(vae.encode(torch.tensor([ids]), layout)[0])[0]
 
-    def velocity(z: Tensor, clean: Tensor, t: Tensor, given: int, previous: Tensor | None) -> Tensor:
+    def predict(z: Tensor, clean: Tensor, t: Tensor, given: int, previous: Tensor | None) -> Tensor:
         n = len(clean)
         position = torch.cat((torch.arange(n), start + torch.arange(size)))[None]
         layouts = Layout.of(torch.zeros_like(position), position, block_tokens=size)
         role = torch.tensor([[CONTEXT] * n + [TARGET] * size])
         index = torch.tensor([[0] * (n + given) + [1] * (size - given)])
         estimate = None if previous is None else torch.cat((torch.zeros(n, z.shape[1]), previous))[None]
-        out, _ = network(
+        left_is_clean = [n > 0, *(column < given for column in range(size - 1))]
+        left = [tokens[start + i - 1] if clean_left else -1 for i, clean_left in enumerate(left_is_clean)]
+        out, _ = module.network(
             torch.cat((clean, z))[None],
             torch.stack((torch.zeros(()), t)),
             index,
@@ -61,6 +62,9 @@ def write_without_caches(generator: TextGenerator, request: Request, sampling: S
             role == TARGET,
             make_mask("two_stream", replace(layouts, role=role), backend="dense"),
             self_condition=estimate,
+            alone=(role == TARGET) & (n == 0),
+            tokens=torch.tensor([tokens[:n]], dtype=torch.long),
+            neighbours=torch.tensor([[-1] * n + left]),
         )
         return out[0, n:]
 
@@ -74,18 +78,25 @@ def write_without_caches(generator: TextGenerator, request: Request, sampling: S
         z, previous = noise.normal(vae.config.latent_channels)[0], None
         for t, t_next in zip(grid[:-1], grid[1:], strict=True):
             z = torch.cat((pinned, z[given:]))
-            v = velocity(z, history, t, given, previous)
-            if len(history):
-                alone = velocity(z, history[:0], t, given, previous)
-                v = alone + sampling.guidance_scale * (v - alone)
-            previous = torch.cat((pinned, (z - t * v)[given:]))
-            z = z + (t_next - t) * v
+            predicted = predict(z, history, t, given, previous)
+            low, high = sampling.guidance_interval
+            if len(history) and low <= t <= high:
+                alone = predict(z, history[:0], t, given, previous)
+                predicted = alone + sampling.guidance_scale * (predicted - alone)
+            if module.table is None:
+                x0 = z - t * predicted
+            else:
+                logits = module.logits(predicted, z, t.expand(size)).masked_fill(barred, -torch.inf)
+                x0 = logits.softmax(dim=-1) @ module.table
+            previous = torch.cat((pinned, x0[given:]))
+            z = z + (t_next - t) / t * (z - x0)
         block = torch.cat((pinned, z[given:]))
         latents = torch.cat((history, block))
-        position = torch.arange(len(latents))[None]
-        logits = vae.decode(vae.unstandardise(latents)[None], vae.layout(torch.zeros_like(position), position))[0]
-        logits[:, generator.barred(sampling)] = -torch.inf
-        tokens += logits.argmax(-1)[start + given :].tolist()
+        if module.table is None:
+            position = torch.arange(len(latents))[None]
+            whole = vae.decode(vae.unstandardise(latents)[None], vae.layout(torch.zeros_like(position), position))[0]
+            logits = whole[start:].masked_fill(barred, -torch.inf)
+        tokens += logits.argmax(-1)[given:].tolist()
         history = latents if sampling.history == "latents" else history
     return tokens[len(request.prompt) : total]
 
@@ -93,16 +104,28 @@ def write_without_caches(generator: TextGenerator, request: Request, sampling: S
 REQUESTS = [Request([7, 9, 11, 5, 6, 30], 11, 0), Request([8] * 4, 9, 1), Request([], 8, 2), Request([4, 5], 1, 3)]
 
 
-@pytest.mark.parametrize("history", ["tokens", "latents"])
-@pytest.mark.parametrize("size", [4, 2])
+@pytest.mark.parametrize(
+    ("name", "history", "size"),
+    [
+        ("cola", "tokens", 4),
+        ("cola", "tokens", 2),
+        ("cola", "latents", 4),
+        ("cola", "latents", 2),
+        ("blocks", "tokens", 4),
+    ],
+)
 @torch.no_grad()
 def test_texts_are_those_without_caches(
-    generator: TextGenerator, history: Literal["tokens", "latents"], size: int
+    name: str, history: Literal["tokens", "latents"], size: int, tmp_path: Path, tokenizer_directory: Path
 ) -> None:
-    sampling = replace(SAMPLING, history=history, block_tokens=size)
-    expected = [write_without_caches(generator, request, sampling, size) for request in REQUESTS]
-    assert len({tuple(text) for text in expected}) == 4 and [len(text) for text in expected] == [11, 9, 8, 1]
-    assert write(generator, REQUESTS, sampling) == expected
+    generator = TextGenerator.from_pretrained(export(tmp_path, tokenizer_directory, name))
+    texts = []
+    for interval in ((0.0, 1.0), (0.0, 0.9)):  # the block before is read in a step with guidance, or without
+        sampling = replace(SAMPLING, history=history, block_tokens=size, guidance_interval=interval)
+        texts.append([write_without_caches(generator, request, sampling, size) for request in REQUESTS])
+        assert write(generator, REQUESTS, sampling) == texts[-1]
+    assert len({tuple(text) for text in texts[0]}) == 4 and [len(text) for text in texts[0]] == [11, 9, 8, 1]
+    assert texts[0] != texts[1]
 
 
 def test_the_ways_differ(generator: TextGenerator) -> None:
@@ -141,13 +164,16 @@ def test_prompts_are_read_without_padding(
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_a_block_costs_its_steps_and_no_pass_more(guidance_scale: float, generator: TextGenerator) -> None:
-    """A written block is read beside the first step of the next, and under guidance both passes are one."""
+    """A written block is read beside the first step of the next, and under guidance both passes are one, but where
+    nothing stands before a block."""
     passes: list[tuple[int, ...]] = []
     generator.module.network.register_forward_hook(lambda module, args, output: passes.append(args[0].shape[:2]))
-    write(generator, [Request([7] * 8, 12, 0)], replace(SAMPLING, guidance_scale=guidance_scale))
     block = 4 * (1 if guidance_scale == 1 else 2)
     first, others = [(1, block)] * 4, [(1, 4 + block), *[(1, block)] * 3]
-    assert passes == [(1, 8), *first, *others, *others]
+    for prompt, expected in (([7] * 8, [(1, 8), *first, *others, *others]), ([], [(1, 4)] * 4 + others + others)):
+        passes.clear()
+        write(generator, [Request(prompt, 12, 0)], replace(SAMPLING, guidance_scale=guidance_scale))
+        assert passes == expected
 
 
 class EndsAt(torch.nn.Module):

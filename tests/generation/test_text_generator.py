@@ -48,6 +48,7 @@ def export(directory: Path, tokenizer: Path, name: str, causal: bool = False) ->
     network = TextDiTConfig(
         trunk=TRUNK,
         token_embedding=name == "blocks",
+        null_embedding=name in ("blocks", "cola"),
         self_conditioning=True,
         output="tokens" if flow.objective == "token_cross_entropy" else "latent",
     )

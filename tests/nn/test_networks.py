@@ -159,7 +159,7 @@ def test_cached_blocks_equal_one_pass() -> None:
             if role == TARGET:
                 torch.testing.assert_close(out, whole[:, tokens:][:, part], rtol=1e-4, atol=1e-5)
             else:
-                cache.write(kept, torch.tensor([0]), own.position, torch.ones_like(own.position, dtype=torch.bool))
+                cache.write(kept, torch.tensor([0]), own.position)
 
 
 def test_token_local_latents_depend_on_the_token_alone() -> None:
