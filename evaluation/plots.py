@@ -16,6 +16,8 @@ from evaluation.seeds import Point, points
 from evaluation.table import BY_KEY, number
 
 COLORS = ("#2f6fab", "#c8553d", "#4d8b57", "#8a5aa8", "#c08a1e", "#3f8f94", "#a04668", "#6b7280")
+LOOKS = [{"color": color, "marker": marker} for marker in "oX*hpDPH" for color in COLORS]
+"""Of the curves of a plot: another marker where the colors begin again."""
 _GREY = "#7b8794"
 _BARS = (
     "rouge1", "rouge2", "rougeL", "bertscore", "mauve", "generative_perplexity", "entropy", "repetition4", "self_bleu",
@@ -111,11 +113,11 @@ def quality_plot(results: dict[str, Any]) -> bytes | None:
     curves = {p.name: [p] for p in alone}
     for point in points(results["systems"]):
         curves.setdefault(point.group, []).append(point)
-    colors = dict(zip((n for n, c in curves.items() if not is_sanity(c[0].rows[0])), COLORS * 9, strict=False))
+    looks = dict(zip((n for n, c in curves.items() if not is_sanity(c[0].rows[0])), LOOKS, strict=False))
     height = max(3.6, 0.23 * len(curves))  # of the legend
     figure, axes = new_figure(1, len(planes), width=5.6 * len(planes), height=height)
     for ax, plane in zip(axes.flat, planes, strict=True):
-        _quality(ax, curves, colors, plane)
+        _quality(ax, curves, looks, plane)
     # Beside the axes: most systems worth showing crowd near G = 0, where names would lie on each other.
     named = dict(pair for ax in axes.flat for pair in zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     axes[0, -1].legend(named.values(), named, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -123,11 +125,13 @@ def quality_plot(results: dict[str, Any]) -> bytes | None:
     return to_png(figure)
 
 
-def _quality(ax: Any, curves: dict[str, list[Point]], colors: dict[str, str], plane: tuple[str, str, str, str]) -> None:
-    """One panel: every curve in its color, sanity rows in grey; in G's, where human text lies."""
+def _quality(
+    ax: Any, curves: dict[str, list[Point]], looks: dict[str, dict[str, str]], plane: tuple[str, str, str, str]
+) -> None:
+    """One panel: every curve in its look, sanity rows in grey; in G's, where human text lies."""
     shapes = iter("sDv^P" * 9)
     for name, curve in curves.items():
-        look = {"color": colors[name], "marker": "o"} if name in colors else {"color": _GREY, "marker": next(shapes)}
+        look = looks[name] if name in looks else {"color": _GREY, "marker": next(shapes)}
         if spots := sorted(spot for point in curve if (spot := _spot(point, plane))):
             x, y, dx, dy = ([spot[axis][i] for spot in spots] for i in (0, 1) for axis in (0, 1))
             ax.errorbar(x, y, xerr=dx, yerr=dy, ms=5, lw=1.2, elinewidth=0.7, capsize=2, label=name, **look)
@@ -154,13 +158,13 @@ def multiplier_plot(results: dict[str, Any], baseline: Sequence[str], found: Seq
         axes[0].plot(*zip(*spots, strict=True), color=_GREY, marker=".", lw=0.8, alpha=0.7)
     axes[0].plot([], [], color=_GREY, marker=".", lw=0.8, label=f"{_without_number(baseline[0])}, every sampling")
     names = list(dict.fromkeys(_without_number(each.group) for each in found))
-    for name, color in zip(names, COLORS * 9, strict=False):
-        rows = [each for each in found if _without_number(each.group) == name]
-        axes[0].plot([e.flops for e in rows], [e.gap for e in rows], "o", ms=5, color=color, label=name)
+    for name, look in zip(names, LOOKS, strict=False):
+        rows, color = [each for each in found if _without_number(each.group) == name], look["color"]
+        axes[0].plot([e.flops for e in rows], [e.gap for e in rows], ls="", ms=5, label=name, **look)
         for each in rows:
             if each.value is None:
                 continue
-            marker = {"=": "o", ">": "^", "<": "v"}[each.relation]
+            marker = {"=": look["marker"], ">": "^", "<": "v"}[each.relation]
             axes[1].plot(each.flops, each.value, marker, ms=6, color=color)
             for end in each.interval or ():
                 if 0 < end < math.inf:
