@@ -175,7 +175,8 @@ def multiplier_plot(results: dict[str, Any], baseline: Sequence[str], found: Seq
     )
     axes[1].set_xlim(axes[0].get_xlim())
     axes[1].axhline(1, color=_GREY, lw=0.8, ls="--")
-    axes[0].legend(fontsize=8, frameon=False)
+    curves = axes[0].get_legend_handles_labels()
+    axes[1].legend(*curves, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return to_png(figure)
 
 
