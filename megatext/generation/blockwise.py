@@ -41,7 +41,7 @@ def generate(
 class _View:
     """What the denoiser is given in a pass besides the noisy latents, for some rows. Its columns: the block before, if
     its keys and values are not in the cache yet; the block that is written; under guidance this once more, as if
-    nothing stood before it."""
+    nothing stood before it. Tensors are `[rows, columns]`, `clean` `[rows, columns, channels]`, standardised."""
 
     position: Tensor
     given: Tensor
@@ -59,7 +59,8 @@ class _View:
 @dataclass
 class _Written:
     """A block of some rows whose keys and values the next pass of the denoiser works out beside its own: where a pass
-    over the weights is what takes time, this saves one a block."""
+    over the weights is what takes time, this saves one a block. Tensors are `[rows, size]`, `latents` `[rows, size,
+    channels]`, standardised."""
 
     position: Tensor
     tokens: Tensor
