@@ -2,13 +2,15 @@
 
 One prompt, one text, random weights of the same trunk (speed does not depend on what they say): Hugging Face's
 `generate` with its cache; TextDiT in one shot at several numbers of steps, with its context seen by all or cached
-(prefix attention), with guidance; in blocks with caches. Seconds are the best of several alternating rounds.
+(prefix attention), with guidance; in blocks with caches; LDLM with the AR model as its language model. Seconds are the
+best of several alternating rounds.
 """
 
 import argparse
 import dataclasses
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,19 +18,22 @@ import torch
 from common import best_of, report
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from megatext.data.teacher import Teacher
 from megatext.generation import SamplingConfig, TextGenerator
 from megatext.generation.noise import Request
 from megatext.nn.blocks import TrunkConfig
 from megatext.nn.dit import TextDiTConfig
+from megatext.nn.perceiver import LatentAutoencoder, LatentAutoencoderConfig
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
-from megatext.recipes.denoiser import make_denoiser
+from megatext.recipes.denoiser import TextDiTTraining, make_denoiser
 from megatext.recipes.flow_config import FlowConfig
+from megatext.recipes.hidden_autoencoder import HiddenAutoencoder
 
 TOKENIZER: Any = SimpleNamespace(end_ids=(0,), eos_id=0, pad_id=1)
 """All that sampling asks of one when it is given ids."""
 
 
-def autoregressive(options: argparse.Namespace, device: str) -> Callable[[], float]:
+def language_model(options: argparse.Namespace) -> Any:
     config = Qwen3Config(
         vocab_size=options.vocabulary,
         hidden_size=options.width,
@@ -42,8 +47,12 @@ def autoregressive(options: argparse.Namespace, device: str) -> Callable[[], flo
         bos_token_id=None,
         pad_token_id=1,
     )
-    model = Qwen3ForCausalLM(config).to(device, options.dtype).eval()
-    ids = torch.randint(2, options.vocabulary, (1, options.prompt), device=device)
+    return Qwen3ForCausalLM(config).to(options.device, options.dtype).eval()
+
+
+def autoregressive(options: argparse.Namespace) -> Callable[[], float]:
+    model = language_model(options)
+    ids = torch.randint(2, options.vocabulary, (1, options.prompt), device=options.device)
     length = {"min_new_tokens": options.tokens, "max_new_tokens": options.tokens}
 
     def run() -> float:
@@ -55,20 +64,37 @@ def autoregressive(options: argparse.Namespace, device: str) -> Callable[[], flo
     return run
 
 
-def diffusion(
-    options: argparse.Namespace, device: str, flow: FlowConfig, sampling: SamplingConfig
-) -> Callable[[], float]:
-    trunk = TrunkConfig(
-        layers=options.layers, width=options.width, heads=options.width // 64, mlp="swiglu", mlp_ratio=2.75
-    )
-    small = dataclasses.replace(trunk, layers=2)
+def trunk(options: argparse.Namespace, layers: int) -> TrunkConfig:
+    heads = options.width // 64
+    return TrunkConfig(layers=layers, width=options.width, heads=heads, mlp="swiglu", mlp_ratio=2.75)
+
+
+def diffusion(options: argparse.Namespace, flow: FlowConfig, sampling: SamplingConfig) -> Callable[[], float]:
     tokens_out = flow.objective == "token_cross_entropy"
-    encoder = dataclasses.replace(small, layers=0 if flow.block_tokens else 2)
-    vae = TextVAE(TextVAEConfig(latent_channels=64, encoder=encoder, decoder=small), options.vocabulary)
-    network = TextDiTConfig(trunk=trunk, output="tokens" if tokens_out else "latent", token_embedding=tokens_out)
-    vae = vae.eval().requires_grad_(False)
-    module = make_denoiser(network, flow, vae, frozen=True)
-    generator = TextGenerator._on(module, vae, TOKENIZER, device, options.dtype)
+    encoder = trunk(options, 0 if flow.block_tokens else 2)
+    sizes = TextVAEConfig(latent_channels=64, encoder=encoder, decoder=trunk(options, 2))
+    vae = TextVAE(sizes, options.vocabulary).eval().requires_grad_(False)
+    output: Any = "tokens" if tokens_out else "latent"
+    network = TextDiTConfig(trunk=trunk(options, options.layers), output=output, token_embedding=tokens_out)
+    return writing(options, make_denoiser(network, flow, vae, frozen=True), vae, sampling)
+
+
+def ldlm(options: argparse.Namespace, sampling: SamplingConfig) -> Callable[[], float]:
+    """Perceivers of half as many layers as the DiT, a token decoder of a quarter, as published."""
+    perceiver = trunk(options, options.layers // 2)
+    sizes = LatentAutoencoderConfig(options.width, perceiver, perceiver, trunk(options, options.layers // 4))
+    autoencoder = LatentAutoencoder(sizes, options.width, options.vocabulary).eval().requires_grad_(False)
+    vae = HiddenAutoencoder(autoencoder, Path(), -3, True, "")
+    vae._teacher = Teacher(language_model(options).requires_grad_(False), -3, options.width)
+    network = TextDiTConfig(trunk=trunk(options, options.layers), self_conditioning=True, role_embedding=False)
+    flow = FlowConfig(path="tan-3", objective="x0", self_conditioning_probability=0.5)
+    return writing(options, make_denoiser(network, flow, autoencoder, frozen=True), vae, sampling)
+
+
+def writing(
+    options: argparse.Namespace, module: TextDiTTraining, vae: TextVAE | HiddenAutoencoder, sampling: SamplingConfig
+) -> Callable[[], float]:
+    generator = TextGenerator._on(module, vae, TOKENIZER, options.device, options.dtype)
     request = Request(torch.randint(2, options.vocabulary, (options.prompt,)).tolist(), options.tokens, 0)
 
     def run() -> float:
@@ -95,23 +121,19 @@ def main() -> None:
     torch.manual_seed(0)
     full, prefix = FlowConfig(objective="x0"), FlowConfig(objective="x0", attention="prefix")
     blocks, pairs, ones = (FlowConfig(objective="token_cross_entropy", block_tokens=tokens) for tokens in (16, 2, 1))
-    runs = {"AR, KV cache": autoregressive(options, options.device)}
+    runs = {"AR, KV cache": autoregressive(options)}
     for steps in options.steps:
-        runs[f"one shot, {steps} steps"] = diffusion(options, options.device, full, SamplingConfig(steps=steps))
-        runs[f"one shot, {steps} steps, cached context"] = diffusion(
-            options, options.device, prefix, SamplingConfig(steps=steps)
-        )
+        sampling = SamplingConfig(steps=steps)
+        runs[f"one shot, {steps} steps"] = diffusion(options, full, sampling)
+        runs[f"one shot, {steps} steps, cached context"] = diffusion(options, prefix, sampling)
+        runs[f"LDLM, {steps} steps"] = ldlm(options, sampling)
     guided = SamplingConfig(steps=options.steps[1], guidance_scale=2.0)
-    runs[f"one shot, {options.steps[1]} steps, cached context, guidance"] = diffusion(
-        options, options.device, prefix, guided
-    )
-    runs["blocks of 16, 8 steps"] = diffusion(options, options.device, blocks, SamplingConfig(steps=8))
+    runs[f"one shot, {options.steps[1]} steps, cached context, guidance"] = diffusion(options, prefix, guided)
+    runs["blocks of 16, 8 steps"] = diffusion(options, blocks, SamplingConfig(steps=8))
     two = SamplingConfig(steps=2, solver="ancestral")
-    runs["blocks of 2, 2 steps"] = diffusion(options, options.device, pairs, two)
-    runs["blocks of 2, 2 steps, guidance"] = diffusion(
-        options, options.device, pairs, dataclasses.replace(two, guidance_scale=2.0)
-    )
-    runs["blocks of 1, 1 step"] = diffusion(options, options.device, ones, dataclasses.replace(two, steps=1))
+    runs["blocks of 2, 2 steps"] = diffusion(options, pairs, two)
+    runs["blocks of 2, 2 steps, guidance"] = diffusion(options, pairs, dataclasses.replace(two, guidance_scale=2.0))
+    runs["blocks of 1, 1 step"] = diffusion(options, ones, dataclasses.replace(two, steps=1))
     seconds = {name: 1 / rate for name, rate in best_of(runs, options.repeats).items()}
     ar = seconds["AR, KV cache"]
     rows = [[name, f"{s:.2f}", f"{ar / s:.2f} x"] for name, s in seconds.items()]

@@ -28,6 +28,9 @@ class CausalSampling:
     """Keep the likeliest tokens that hold this much probability together."""
     top_k: int = 0
     """Keep this many of the likeliest tokens; 0 keeps all."""
+    guidance_scale: float = 1.0
+    """w: logits l0 + w (l - l0), where l0 sees of the prefix its last token alone (arXiv 2306.17806, eq. 7); twice the
+    work. 1 does without."""
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
@@ -71,14 +74,15 @@ class CausalLM(System):
         cuts = [0] * len(items)
         lap = 0
         while rows := [i for i, count in enumerate(left) if count]:
-            prompts, counts = [], []
+            prompts, nulls, counts = [], [], []
             for i in rows:
                 prompt, count = self._fit(prefixes[i] + written[i], left[i])
                 cuts[i] = cuts[i] or len(prefixes[i]) + len(written[i]) - len(prompt)
                 prompts.append(prompt)
+                nulls.append((prefixes[i][-1:] + written[i])[-len(prompt) :] if prompt else [])
                 counts.append(count)
             # A lap has a seed of its own: how far the one before was drawn depends on the rows beside it.
-            found = self._write(prompts, counts, [seeds[i] + lap for i in rows], free)
+            found = self._write(prompts, nulls, counts, [seeds[i] + lap for i in rows], free)
             for i, new, count in zip(rows, found, counts, strict=True):
                 kept = self._until_end(new) if free else new
                 written[i] += kept
@@ -126,15 +130,20 @@ class CausalLM(System):
         kept = context[-max(limit - tokens, limit // 2) :]
         return kept, min(tokens, limit - max(1, len(kept)))
 
-    def _write(self, prompts: list[list[int]], counts: list[int], seeds: list[int], free: bool) -> list[list[int]]:
-        """counts[i] new token ids behind each prompt."""
+    def _write(
+        self, prompts: list[list[int]], nulls: list[list[int]], counts: list[int], seeds: list[int], free: bool
+    ) -> list[list[int]]:
+        """counts[i] new token ids behind each prompt; nulls: what guidance compares with, read where there is any."""
+        guided = self._sampling.guidance_scale != 1
+        if guided:
+            prompts = prompts + nulls
         # With nothing before it, a text begins behind the end of another, as documents do in training.
         prompts = [[*self.start, *prompt] or [self.tokenizer.eos_id] for prompt in prompts]
         generators = [torch.Generator(self._device).manual_seed(seed) for seed in seeds]
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(row)) + row for row in prompts], device=self._device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=self._device)
-        barred, ended = self._barred(free), torch.zeros(len(prompts), dtype=torch.bool, device=self._device)
+        barred, ended = self._barred(free), torch.zeros(len(seeds), dtype=torch.bool, device=self._device)
         written: list[Tensor] = []
         cache = None
         for _ in range(max(counts)):
@@ -154,13 +163,18 @@ class CausalLM(System):
                 raise ConfigError(
                     f"{self._directory}: a {kind} keeps no key-value cache, and cannot be written with here"
                 )
-            ids = self._draw(output.logits[:, -1].float().masked_fill(barred, -torch.inf), generators)[:, None]
+            logits = output.logits[:, -1].float()
+            if guided:
+                given, null = logits.log_softmax(dim=-1).chunk(2)
+                logits = null + self._sampling.guidance_scale * (given - null)
+            ids = self._draw(logits.masked_fill(barred, -torch.inf), generators)[:, None]
             written.append(ids)
-            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
             if free:
                 ended |= torch.isin(ids[:, 0], torch.tensor(sorted(self.ends), device=ids.device))
                 if bool(ended.all()):
                     break
+            ids = ids.repeat(2, 1) if guided else ids
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
         return [row[:count] for row, count in zip(torch.cat(written, dim=1).tolist(), counts, strict=True)]
 
     def _barred(self, free: bool) -> Tensor:

@@ -74,6 +74,26 @@ def test_a_text_does_not_depend_on_its_batch(tiny_lm: Path) -> None:
     assert greedy.generate(items, 0)[1:2] == greedy.generate([items[1]], 1)
 
 
+@pytest.mark.parametrize("scale", [0.5, 3.0])
+def test_guided_texts_are_the_library_s(tiny_lm: Path, scale: float) -> None:
+    """Greedy, against transformers' own guidance, and beside rows of other lengths."""
+    import torch
+
+    system = CausalLM(tiny_lm, CausalSampling(temperature=0, guidance_scale=scale))
+    items = [item(i, 24, "the cat " * (1 + i) + "dog") for i in range(3)]
+    never = [[i] for i in range(system.model.config.vocab_size) if bool(system._barred(False)[i])]
+    expected = []
+    for one in items:
+        ids = torch.tensor([[*system.start, *system.tokenizer.encode(one.prefix)]])
+        settings = {"guidance_scale": scale, "do_sample": False, "max_new_tokens": 24, "bad_words_ids": never}
+        null = torch.tensor([[*system.start, int(ids[0, -1])]])
+        whole = system.model.generate(ids, negative_prompt_ids=null, **settings)
+        expected.append(system._decode(ids[0].tolist(), whole[0, ids.shape[1] :].tolist()))
+    assert [written.text for written in system.generate(items, 0)] == expected
+    plain = CausalLM(tiny_lm, CausalSampling(temperature=0)).generate(items, 0)
+    assert [written.text for written in plain] != expected
+
+
 def test_a_table_of_positions_is_not_overrun_by_short_rows(tiny_lm: Path, tmp_path: Path) -> None:
     """GPT-2 has 64 places: a row that has its 4 tokens goes on beside one that needs 50, and must not need a 65th."""
     import torch
