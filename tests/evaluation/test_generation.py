@@ -81,11 +81,11 @@ def test_guided_texts_are_the_library_s(tiny_lm: Path, scale: float) -> None:
 
     system = CausalLM(tiny_lm, CausalSampling(temperature=0, guidance_scale=scale))
     items = [item(i, 24, "the cat " * (1 + i) + "dog") for i in range(3)]
-    never = [[i] for i in range(system.model.config.vocab_size) if bool(system._barred(False)[i])]
+    never = [i for i in range(system.model.config.vocab_size) if bool(system._barred(False)[i])]
     expected = []
     for one in items:
         ids = torch.tensor([[*system.start, *system.tokenizer.encode(one.prefix)]])
-        settings = {"guidance_scale": scale, "do_sample": False, "max_new_tokens": 24, "bad_words_ids": never}
+        settings = {"guidance_scale": scale, "do_sample": False, "max_new_tokens": 24, "suppress_tokens": never}
         null = torch.tensor([[*system.start, int(ids[0, -1])]])
         whole = system.model.generate(ids, negative_prompt_ids=null, **settings)
         expected.append(system._decode(ids[0].tolist(), whole[0, ids.shape[1] :].tolist()))
