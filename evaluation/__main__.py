@@ -163,7 +163,13 @@ def _compute_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--baseline", nargs="+", required=True, metavar="GROUP", help="groups of the baseline, one for each budget"
     )
-    sub.add_argument("--tolerance", type=float, default=0.1, metavar="NATS", help="entropies as far apart are the same")
+    sub.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.1,
+        metavar="NATS",
+        help="how far from a system's entropy the baseline may be at its best, in the second column",
+    )
 
 
 def _device(arguments: argparse.Namespace) -> str:
@@ -314,7 +320,7 @@ def _compute(arguments: argparse.Namespace) -> None:
     found = multipliers(results, arguments.baseline, arguments.tolerance)
     plot = arguments.output / "plots" / "multiplier.png"
     atomic_write(plot, multiplier_plot(results, arguments.baseline, found))
-    print(f"{multiplier_table(found)}\n{plot}")
+    print(f"{multiplier_table(found, arguments.tolerance)}\n{plot}")
 
 
 def _report(arguments: argparse.Namespace) -> None:

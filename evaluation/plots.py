@@ -152,7 +152,8 @@ def _spot(point: Point, plane: tuple[str, str, str, str]) -> tuple[tuple[float, 
 
 def multiplier_plot(results: dict[str, Any], baseline: Sequence[str], found: Sequence[Multiplier]) -> bytes:
     """G against FLOPs of training, the baseline in grey, a line a sampling, and the multipliers of `found`: bounds as
-    arrows, intervals as bars as far as they are known. Groups named alike but for a last number are one system."""
+    arrows, intervals as bars as far as they are known, hollow beside the baseline's best within the tolerance. Groups
+    named alike but for a last number are one system."""
     figure, (axes,) = new_figure(1, 2, width=11, height=4.2)
     for spots in _by_sampling([point for point in points(results["systems"]) if point.group in baseline]):
         axes[0].plot(*zip(*spots, strict=True), color=_GREY, marker=".", lw=0.8, alpha=0.7)
@@ -162,16 +163,19 @@ def multiplier_plot(results: dict[str, Any], baseline: Sequence[str], found: Seq
         rows, color = [each for each in found if _without_number(each.group) == name], look["color"]
         axes[0].plot([e.flops for e in rows], [e.gap for e in rows], ls="", ms=5, label=name, **look)
         for each in rows:
-            if each.value is None:
-                continue
-            marker = {"=": look["marker"], ">": "^", "<": "v"}[each.relation]
-            axes[1].plot(each.flops, each.value, marker, ms=6, color=color)
-            for end in each.interval or ():
-                if 0 < end < math.inf:
-                    axes[1].plot((each.flops, each.flops), (each.value, end), color=color, lw=1)
+            for ratio, fill in ((each.near, "none"), (each.same, color)):
+                if ratio.value is not None:
+                    marker = {"=": look["marker"], ">": "^", "<": "v"}[ratio.relation]
+                    axes[1].plot(each.flops, ratio.value, marker, ms=6, color=color, markerfacecolor=fill)
+            for end in each.same.interval or ():
+                if each.same.value is not None and 0 < end < math.inf:
+                    axes[1].plot((each.flops, each.flops), (each.same.value, end), color=color, lw=1)
     axes[0].set(xscale="log", xlabel="FLOPs of training, all that a model stands on", ylabel="judge gap G")
     axes[1].set(
-        xscale="log", yscale="log", xlabel=axes[0].get_xlabel(), ylabel="compute multiplier (▲ at least, ▼ at most)"
+        xscale="log",
+        yscale="log",
+        xlabel=axes[0].get_xlabel(),
+        ylabel="compute multiplier at equal entropy\n(hollow: the baseline's best near it; ▲ at least, ▼ at most)",
     )
     axes[1].set_xlim(axes[0].get_xlim())
     axes[1].axhline(1, color=_GREY, lw=0.8, ls="--")
