@@ -7,9 +7,9 @@ best of several alternating rounds.
 """
 
 import argparse
-import dataclasses
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,7 @@ from megatext.nn.blocks import TrunkConfig
 from megatext.nn.dit import TextDiTConfig
 from megatext.nn.perceiver import LatentAutoencoder, LatentAutoencoderConfig
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
-from megatext.recipes.denoiser import TextDiTTraining, make_denoiser
+from megatext.recipes.denoiser import make_denoiser
 from megatext.recipes.flow_config import FlowConfig
 from megatext.recipes.hidden_autoencoder import HiddenAutoencoder
 
@@ -47,11 +47,10 @@ def language_model(options: argparse.Namespace) -> Any:
         bos_token_id=None,
         pad_token_id=1,
     )
-    return Qwen3ForCausalLM(config).to(options.device, options.dtype).eval()
+    return Qwen3ForCausalLM(config).to(options.device, options.dtype).eval().requires_grad_(False)
 
 
-def autoregressive(options: argparse.Namespace) -> Callable[[], float]:
-    model = language_model(options)
+def autoregressive(options: argparse.Namespace, model: Any) -> Callable[[], float]:
     ids = torch.randint(2, options.vocabulary, (1, options.prompt), device=options.device)
     length = {"min_new_tokens": options.tokens, "max_new_tokens": options.tokens}
 
@@ -69,37 +68,43 @@ def trunk(options: argparse.Namespace, layers: int) -> TrunkConfig:
     return TrunkConfig(layers=layers, width=options.width, heads=heads, mlp="swiglu", mlp_ratio=2.75)
 
 
-def diffusion(options: argparse.Namespace, flow: FlowConfig, sampling: SamplingConfig) -> Callable[[], float]:
+def textdit(options: argparse.Namespace, flow: FlowConfig) -> TextGenerator:
     tokens_out = flow.objective == "token_cross_entropy"
     encoder = trunk(options, 0 if flow.block_tokens else 2)
     sizes = TextVAEConfig(latent_channels=64, encoder=encoder, decoder=trunk(options, 2))
     vae = TextVAE(sizes, options.vocabulary).eval().requires_grad_(False)
     output: Any = "tokens" if tokens_out else "latent"
-    network = TextDiTConfig(trunk=trunk(options, options.layers), output=output, token_embedding=tokens_out)
-    return writing(options, make_denoiser(network, flow, vae, frozen=True), vae, sampling)
+    network = TextDiTConfig(
+        trunk=trunk(options, options.layers),
+        output=output,
+        token_embedding=tokens_out,
+        role_embedding=not tokens_out,
+    )
+    module = make_denoiser(network, flow, vae, frozen=True)
+    return TextGenerator._on(module, vae, TOKENIZER, options.device, options.dtype)
 
 
-def ldlm(options: argparse.Namespace, sampling: SamplingConfig) -> Callable[[], float]:
+def ldlm(options: argparse.Namespace, model: Any) -> TextGenerator:
     """Perceivers of half as many layers as the DiT, a token decoder of a quarter, as published."""
     perceiver = trunk(options, options.layers // 2)
     sizes = LatentAutoencoderConfig(options.width, perceiver, perceiver, trunk(options, options.layers // 4))
     autoencoder = LatentAutoencoder(sizes, options.width, options.vocabulary).eval().requires_grad_(False)
     vae = HiddenAutoencoder(autoencoder, Path(), -3, True, "")
-    vae._teacher = Teacher(language_model(options).requires_grad_(False), -3, options.width)
+    vae._teacher = Teacher(model.model, -3, options.width)
     network = TextDiTConfig(trunk=trunk(options, options.layers), self_conditioning=True, role_embedding=False)
     flow = FlowConfig(path="tan-3", objective="x0", self_conditioning_probability=0.5)
-    return writing(options, make_denoiser(network, flow, autoencoder, frozen=True), vae, sampling)
+    module = make_denoiser(network, flow, autoencoder, frozen=True)
+    return TextGenerator._on(module, vae, TOKENIZER, options.device, options.dtype)
 
 
-def writing(
-    options: argparse.Namespace, module: TextDiTTraining, vae: TextVAE | HiddenAutoencoder, sampling: SamplingConfig
+def diffusion(
+    options: argparse.Namespace, generator: TextGenerator, steps: int, **sampling: Any
 ) -> Callable[[], float]:
-    generator = TextGenerator._on(module, vae, TOKENIZER, options.device, options.dtype)
     request = Request(torch.randint(2, options.vocabulary, (options.prompt,)).tolist(), options.tokens, 0)
 
     def run() -> float:
         began = time.perf_counter()
-        for _ in generator._pieces([request], sampling):
+        for _ in generator._pieces([request], SamplingConfig(steps=steps, **sampling)):
             pass
         return 1 / (time.perf_counter() - began)
 
@@ -119,21 +124,23 @@ def main() -> None:
     options = parser.parse_args()
     options.dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     torch.manual_seed(0)
-    full, prefix = FlowConfig(objective="x0"), FlowConfig(objective="x0", attention="prefix")
-    blocks, pairs, ones = (FlowConfig(objective="token_cross_entropy", block_tokens=tokens) for tokens in (16, 2, 1))
-    runs = {"AR, KV cache": autoregressive(options)}
+    model = language_model(options)
+    full = textdit(options, FlowConfig(objective="x0"))
+    prefix = textdit(options, FlowConfig(objective="x0", attention="prefix"))
+    joint = ldlm(options, model)
+    default = FlowConfig(objective="token_cross_entropy", token_likelihood=True)
+    of = {tokens: textdit(options, replace(default, block_tokens=tokens)) for tokens in (16, 2, 1)}
+    runs = {"AR, KV cache": autoregressive(options, model)}
     for steps in options.steps:
-        sampling = SamplingConfig(steps=steps)
-        runs[f"one shot, {steps} steps"] = diffusion(options, full, sampling)
-        runs[f"one shot, {steps} steps, cached context"] = diffusion(options, prefix, sampling)
-        runs[f"LDLM, {steps} steps"] = ldlm(options, sampling)
-    guided = SamplingConfig(steps=options.steps[1], guidance_scale=2.0)
-    runs[f"one shot, {options.steps[1]} steps, cached context, guidance"] = diffusion(options, prefix, guided)
-    runs["blocks of 16, 8 steps"] = diffusion(options, blocks, SamplingConfig(steps=8))
-    two = SamplingConfig(steps=2, solver="ancestral")
-    runs["blocks of 2, 2 steps"] = diffusion(options, pairs, two)
-    runs["blocks of 2, 2 steps, guidance"] = diffusion(options, pairs, dataclasses.replace(two, guidance_scale=2.0))
-    runs["blocks of 1, 1 step"] = diffusion(options, ones, dataclasses.replace(two, steps=1))
+        runs[f"one shot, {steps} steps"] = diffusion(options, full, steps)
+        runs[f"one shot, {steps} steps, cached context"] = diffusion(options, prefix, steps)
+        runs[f"LDLM, {steps} steps"] = diffusion(options, joint, steps)
+    steps = options.steps[-1]
+    runs[f"one shot, {steps} steps, cached context, guidance"] = diffusion(options, prefix, steps, guidance_scale=2.0)
+    runs["blocks of 16, 8 steps"] = diffusion(options, of[16], 8)
+    runs["blocks of 2, 2 steps"] = diffusion(options, of[2], 2, solver="ancestral")
+    runs["blocks of 2, 2 steps, guidance"] = diffusion(options, of[2], 2, solver="ancestral", guidance_scale=2.0)
+    runs["blocks of 1, 1 step"] = diffusion(options, of[1], 1, solver="ancestral")
     seconds = {name: 1 / rate for name, rate in best_of(runs, options.repeats).items()}
     ar = seconds["AR, KV cache"]
     rows = [[name, f"{s:.2f}", f"{ar / s:.2f} x"] for name, s in seconds.items()]

@@ -30,11 +30,11 @@ class CausalSampling:
     """Keep this many of the likeliest tokens; 0 keeps all."""
     guidance_scale: float = 1.0
     """w: logits l0 + w (l - l0), where l0 sees of the prefix its last token alone (arXiv 2306.17806, eq. 7); twice the
-    work. 1 does without."""
+    work. 1 does without. Of a text so long that its prefix has left the model's window nothing is guided."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ConfigError("sampling: needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0")
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.guidance_scale < 0:
+            raise ConfigError("sampling: needs temperature >= 0, 0 < top_p <= 1, top_k >= 0 and guidance_scale >= 0")
 
 
 class CausalLM(System):
@@ -92,6 +92,8 @@ class CausalLM(System):
 
     def log_likelihood(self, items: Sequence[Item], seed: int) -> list[Nats]:
         """At temperature 1, of tokens of its own; the end of text is not among them."""
+        if self._sampling.guidance_scale != 1:
+            raise ConfigError("likelihood: of a guided causal LM it is not known; leave one of the two out of the row")
         pairs = [(self.tokenizer.encode(item.prefix), self.tokenizer.encode(item.target)) for item in items]
         found = self._judge.score(pairs)
         for item, (_, ids), nll in zip(items, pairs, found, strict=True):

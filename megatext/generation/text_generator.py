@@ -107,11 +107,16 @@ class TextGenerator:
     ) -> list[str]:
         """Texts with gaps, whole: of each its pieces, a string given and a number of tokens to write, in any order
         (`["Once upon a time", 12, " and that was the end."]`). A piece is tokenised by itself and may not be empty; no
-        gap holds an end of text. For models that were trained with `flow.infill_probability`.
+        gap holds an end of text.
 
-        Raises ConfigError where the model writes in blocks, which see only what stands before them."""
+        Raises ConfigError where the model writes in blocks, which see only what stands before them, or was trained
+        without `flow.infill_probability`."""
         if self.flow.block_tokens:
             raise ConfigError("infill is for one-shot models: a block sees only what stands before it")
+        if not self.flow.infill_probability:
+            raise ConfigError(
+                "infill is for models trained with flow.infill_probability above 0; this one only learnt to write ends"
+            )
         sampling = replace(sampling or SamplingConfig(), length="oracle")
         requests = [self._with_gaps(pieces, seed) for pieces, seed in zip(texts, seeds, strict=True)]
         (written,) = self._pieces(requests, sampling)

@@ -94,6 +94,21 @@ def test_guided_texts_are_the_library_s(tiny_lm: Path, scale: float) -> None:
     assert [written.text for written in plain] != expected
 
 
+def test_guidance_in_laps_of_free_length_and_without_a_prefix(tiny_lm: Path) -> None:
+    """The model reads 128 tokens. What guidance compares with is no longer than the prompt, and rows are their own."""
+    system = CausalLM(tiny_lm, CausalSampling(temperature=0.9, guidance_scale=2.0))
+    items = [item(0, 5), item(1, 100, "dog " * 300), item(2, 8, "cat")]
+    for some in (items, [item(i, 30, "the cat " * i + "a", "free") for i in range(4)]):
+        together = system.generate(some, 0)
+        assert together == [written for one in some for written in system.generate([one], 0)]
+    plain = CausalLM(tiny_lm, CausalSampling(temperature=0.9))
+    nothing = item(0, 12, "")
+    assert system.generate([nothing], 0) == plain.generate([nothing], 0)
+    assert system.generate([items[0]], 0) != plain.generate([items[0]], 0)
+    with pytest.raises(ConfigError, match="of a guided causal LM"):
+        system.log_likelihood([item(0, 5)], 0)
+
+
 def test_a_table_of_positions_is_not_overrun_by_short_rows(tiny_lm: Path, tmp_path: Path) -> None:
     """GPT-2 has 64 places: a row that has its 4 tokens goes on beside one that needs 50, and must not need a 65th."""
     import torch
@@ -347,8 +362,9 @@ def test_bad_systems_say_what_to_do(manifest: Manifest, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="did you mean 'temperature'"):
         opened(f"hf:{tmp_path}", temprature=1.0)
-    with pytest.raises(ConfigError, match="top_p"):
-        opened(f"hf:{tmp_path}", top_p=2.0)
+    for wrong in ({"top_p": 2.0}, {"guidance_scale": -1.0}):
+        with pytest.raises(ConfigError, match="top_p <= 1, top_k >= 0 and guidance_scale >= 0"):
+            opened(f"hf:{tmp_path}", **wrong)
     (tmp_path / "config.json").write_text('{"kind": "text_gan"}')
     with pytest.raises(ConfigError, match="recipe this version cannot write with"):
         opened(f"model:{tmp_path}")

@@ -17,10 +17,12 @@ from megatext.recipes.flow_config import FlowConfig
 from tests.generation.test_text_generator import LENGTHS, PROMPTS, SYSTEMS, export
 
 GENERATED = {
-    "full": FlowConfig(objective="x0"),
-    "prefix": FlowConfig(objective="x0", attention="prefix"),
-    "prefix_zeros": FlowConfig(objective="velocity", attention="prefix", null_condition="zeros"),
-    "with_context": FlowConfig(objective="x0", target_encoding="with_context"),
+    "full": FlowConfig(objective="x0", infill_probability=0.3),
+    "prefix": FlowConfig(objective="x0", attention="prefix", infill_probability=0.3),
+    "prefix_zeros": FlowConfig(
+        objective="velocity", attention="prefix", null_condition="zeros", infill_probability=0.3
+    ),
+    "with_context": FlowConfig(objective="x0", target_encoding="with_context", infill_probability=0.3),
 }
 
 
@@ -117,10 +119,15 @@ def test_infilling_keeps_what_is_given_and_depends_on_both_sides(generator: Text
             generator.infill([pieces], seeds=[0])
 
 
-def test_infilling_needs_one_shot(tmp_path: Path, tokenizer_directory: Path) -> None:
-    blocks = TextGenerator.from_pretrained(export(tmp_path, tokenizer_directory, "blocks"))
-    with pytest.raises(ConfigError, match="one-shot"):
-        blocks.infill([["the", 3, "cat"]], seeds=[0])
+@pytest.mark.parametrize(
+    ("name", "message"), [("blocks", "one-shot"), ("one_shot_zeros", "infill_probability above 0")]
+)
+def test_infilling_needs_one_shot_and_to_be_learnt(
+    name: str, message: str, tmp_path: Path, tokenizer_directory: Path
+) -> None:
+    model = TextGenerator.from_pretrained(export(tmp_path, tokenizer_directory, name))
+    with pytest.raises(ConfigError, match=message):
+        model.infill([["the", 3, "cat"]], seeds=[0])
 
 
 @pytest.mark.parametrize("name", ["blocks", "cola", "one_shot"])

@@ -36,7 +36,7 @@ SYSTEMS = {
     ),
     "blocks_velocity": (FlowConfig(objective="velocity", block_tokens=4), 0),
     "cola": (FlowConfig(objective="velocity", block_tokens=4, training_block_tokens=(2, 4)), 2),
-    "one_shot": (FlowConfig(objective="velocity"), 2),
+    "one_shot": (FlowConfig(objective="velocity", infill_probability=0.3), 2),
     "one_shot_zeros": (FlowConfig(objective="velocity", null_condition="zeros"), 2),
 }
 

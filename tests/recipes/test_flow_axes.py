@@ -16,8 +16,10 @@ from megatext.data.stream import DataConfig
 from megatext.flow import objectives
 from megatext.flow.paths import Linear, Path, TanD
 from megatext.flow.timesteps import TimestepConfig
-from megatext.nn.dit import TextDiTConfig
-from megatext.nn.layout import CONTEXT, TARGET
+from megatext.nn.attention import make_mask
+from megatext.nn.blocks import initialise
+from megatext.nn.dit import TextDiT, TextDiTConfig
+from megatext.nn.layout import CONTEXT, TARGET, Layout
 from megatext.recipes.denoiser import check_effects
 from megatext.recipes.draws import RowDraws
 from megatext.recipes.flow_config import ConsistencyConfig, FlowConfig
@@ -176,6 +178,75 @@ def test_a_network_without_a_timestep_does_not_tell_them_apart(time_conditioning
         out.append(recipe.module.network(*args)[0])
     assert torch.equal(*out) == (time_conditioning == "none")
     assert recipe.module.network.modulations(torch.tensor([0.5])) == [] or time_conditioning == "adaln"
+
+
+@pytest.mark.parametrize("role_embedding", [True, False])
+def test_a_network_without_a_role_embedding_does_not_tell_target_from_context(role_embedding: bool) -> None:
+    network = TextDiTConfig(trunk=TRUNK, role_embedding=role_embedding)
+    recipe = make_recipe(ONE_SHOT, local=False, network=network)
+    inputs = recipe.prepare(make_batch(), step=0).inputs
+    target, layout = inputs["loss_mask"], inputs["layout"]
+    times, index = torch.tensor([0.0, 0.5]), target.long()
+    out = [
+        recipe.module.network(inputs["latents"], times, index, layout.position, role, inputs["mask"])[0]
+        for role in (target, ~target)
+    ]
+    assert torch.equal(*out) != role_embedding
+
+
+@pytest.mark.parametrize(("unit_input", "variance"), [(True, 1.0), (False, 1 / 64)])
+def test_the_variance_of_what_enters_the_first_block(unit_input: bool, variance: float) -> None:
+    """Latents of variance 1 and embeddings of tokens alike, at initialisation and a width of 64."""
+    torch.manual_seed(0)
+    trunk = replace(TRUNK, width=64)
+    config = TextDiTConfig(
+        trunk=trunk, unit_input=unit_input, role_embedding=False, token_embedding=True, output="tokens"
+    )
+    network = TextDiT(config, latent_channels=32, vocab_size=500)
+    initialise(network, lambda name, parameter: torch.randn_like(parameter))
+    entered: list[Tensor] = []
+    network.trunk.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    rows = torch.zeros(1, 400, dtype=torch.long)
+    layout = Layout.of(rows, torch.arange(400)[None])
+    network(
+        torch.randn(1, 400, 32),
+        torch.tensor([0.5]),
+        rows,
+        layout.position,
+        rows.bool(),
+        make_mask("full", layout),
+        history=0,
+        tokens=torch.randint(0, 500, (1, 200)),
+    )
+    for half in entered[0].detach().chunk(2, dim=1):
+        assert float(half.square().mean()) == pytest.approx(variance, rel=0.15)
+
+
+def test_the_share_of_segments_without_a_context() -> None:
+    batch = make_batch(rows=300)
+    for share in (0.0, 0.3, 1.0):
+        flow = replace(ONE_SHOT, unconditional_probability=share)
+        target = one_shot(flow, batch, draws(batch.row_index), 6).target
+        alone = [bool(target[row][batch.segment[row] == number].all()) for row in range(300) for number in (0, 1)]
+        assert sum(alone) / 600 == pytest.approx(share, abs=0.06 if 0 < share < 1 else 0)
+
+
+def test_blocks_of_both_sizes_are_drawn_a_segment() -> None:
+    """A token sees as much of the clean copy as stands before its block; in validation blocks are of 2."""
+    flow = replace(BLOCKS, block_tokens=2, training_block_tokens=(1, 2), condition_dropout=0.0)
+    recipe, batch = make_recipe(flow), make_batch(rows=200, row_tokens=32)
+    found = {}
+    for purpose in ("train", "validation"):
+        inputs = recipe.prepare(batch, step=0, purpose=purpose).inputs
+        seen = inputs["mask"].dense[:, 0, :, :32].sum(dim=-1)
+        found[purpose] = []
+        for row in range(200):
+            for number in (0, 1):
+                own = batch.segment[row] == number
+                fits = [s for s in (1, 2) if torch.equal(seen[row][own], batch.position[row][own] // s * s)]
+                found[purpose] += fits
+    assert found["validation"] == [2] * 400
+    assert len(found["train"]) == 400 and found["train"].count(1) / 400 == pytest.approx(0.5, abs=0.08)
 
 
 def test_the_contexts_share_of_a_segment() -> None:
