@@ -171,14 +171,12 @@ def multiplier_plot(results: dict[str, Any], baseline: Sequence[str], found: Seq
                 if each.same.value is not None and 0 < end < math.inf:
                     axes[1].plot((each.flops, each.flops), (each.same.value, end), color=color, lw=1)
     axes[0].set(xscale="log", xlabel="FLOPs of training, all that a model stands on", ylabel="judge gap G")
-    axes[1].set(
-        xscale="log",
-        yscale="log",
-        xlabel=axes[0].get_xlabel(),
-        ylabel="compute multiplier at equal entropy\n(hollow: the baseline's best near it; ▲ at least, ▼ at most)",
-    )
+    axes[1].set(xscale="log", yscale="log", xlabel=axes[0].get_xlabel(), ylabel="compute multiplier")
     axes[1].set_xlim(axes[0].get_xlim())
     axes[1].axhline(1, color=_GREY, lw=0.8, ls="--")
+    for fill, label in ((_GREY, "at equal entropy"), ("none", "beside the baseline's best near it")):
+        axes[0].plot([], [], "o", color=_GREY, markerfacecolor=fill, label=label)
+    axes[0].plot([], [], "^", color=_GREY, label="at least (▼ at most)")
     curves = axes[0].get_legend_handles_labels()
     axes[1].legend(*curves, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return to_png(figure)
