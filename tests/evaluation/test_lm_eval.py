@@ -102,7 +102,7 @@ def test_greedy_is_told_from_not(tiny_lm: Path) -> None:
 
     model = MegatextLM(pretrained=str(tiny_lm), temperature=0)
     ids = model.tok_encode("the cat saw the dog")
-    wanted = model._causal("x")._write([ids], [5], [0], False)[0]
+    wanted = model._causal("x")._write([ids], [[]], [5], [0], False)[0]
     other = [*wanted[:-1], (wanted[-1] + 1) % 300]
     found = model._loglikelihood_tokens([(("", ""), ids, wanted), (("", ""), ids, other)], disable_tqdm=True)
     assert [greedy for _, greedy in found] == [True, False]
