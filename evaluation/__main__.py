@@ -161,7 +161,11 @@ def _compare_options(sub: argparse.ArgumentParser) -> None:
 
 def _compute_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--baseline", nargs="+", required=True, metavar="GROUP", help="groups of the baseline, one for each budget"
+        "--baseline",
+        nargs="+",
+        required=True,
+        metavar="GROUP",
+        help="groups of the baseline; those of equal FLOPs are one budget",
     )
     sub.add_argument(
         "--tolerance",

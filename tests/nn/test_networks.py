@@ -1,6 +1,7 @@
 """Attention, RoPE, blocks and networks against plain references."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -185,3 +186,31 @@ def test_padding_and_other_segments_do_not_matter() -> None:
     changed = torch.where(layout.segment == 0, tokens, (tokens + 1) % 11)
     for a, b in zip(vae.encode(tokens, layout)[:2], vae.encode(changed, layout)[:2], strict=True):
         assert torch.equal(a[:, :6], b[:, :6]) and not torch.equal(a[:, 6:], b[:, 6:])
+
+
+@pytest.mark.parametrize(("unit_input", "variance"), [(True, 1.0), (False, 1 / 64)])
+def test_the_variance_of_what_enters_the_first_block(unit_input: bool, variance: float) -> None:
+    """Latents of variance 1 and embeddings of tokens alike, at initialisation and a width of 64."""
+    torch.manual_seed(0)
+    trunk = replace(SMALL, width=64)
+    config = TextDiTConfig(
+        trunk=trunk, unit_input=unit_input, role_embedding=False, token_embedding=True, output="tokens"
+    )
+    network = TextDiT(config, latent_channels=32, vocab_size=500)
+    initialise(network, lambda name, parameter: torch.randn_like(parameter))
+    entered: list[torch.Tensor] = []
+    network.trunk.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    rows = torch.zeros(1, 400, dtype=torch.long)
+    layout = Layout.of(rows, torch.arange(400)[None])
+    network(
+        torch.randn(1, 400, 32),
+        torch.tensor([0.5]),
+        rows,
+        layout.position,
+        rows.bool(),
+        make_mask("full", layout),
+        history=0,
+        tokens=torch.randint(0, 500, (1, 200)),
+    )
+    for half in entered[0].detach().chunk(2, dim=1):
+        assert float(half.square().mean()) == pytest.approx(variance, rel=0.15)
