@@ -32,6 +32,7 @@ class MegatextLM(TemplateLM):
 
     Of a task's generation settings `until` and `max_gen_toks` are kept; how texts are sampled is said in model_args
     alone, so that it is the same for all tasks. A text depends on its prompt and `seed`, not on its batch.
+    Log-likelihoods are of the model as it is, at temperature 1 and unguided, whatever the sampling.
     """
 
     def __init__(
