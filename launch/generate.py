@@ -11,10 +11,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatext.config import cli_errors
 
+AS_TRAINED = "default: as the model's config.json says"
+"""Of an option of sampling."""
+
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """Options of the call, and every field of SamplingConfig under its own name."""
-    from megatext.generation.sampling import SamplingConfig
+    """Options of the call, and every field of SamplingConfig under its own name; None: as the model says."""
+    from megatext.recipes.sampling import SamplingConfig
 
     parser = argparse.ArgumentParser(
         prog="launch/generate.py",
@@ -33,9 +36,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     for field in fields(SamplingConfig):
         default: Any = field.default
         if get_origin(field.type) is tuple or isinstance(default, tuple):
-            parser.add_argument(f"--{field.name}", type=float, nargs=2, default=default, metavar=("LOW", "HIGH"))
+            parser.add_argument(f"--{field.name}", type=float, nargs=2, metavar=("LOW", "HIGH"), help=AS_TRAINED)
         else:
-            parser.add_argument(f"--{field.name}", type=type(default), default=default, help=f"default {default}")
+            parser.add_argument(f"--{field.name}", type=type(default), help=AS_TRAINED)
     return parser.parse_args(argv)
 
 
@@ -45,18 +48,18 @@ def main(argv: list[str]) -> None:
     with cli_errors():
         import torch
 
-        from megatext.config import ConfigError, from_dict
+        from megatext.config import ConfigError, from_dict, to_dict
         from megatext.generation import SamplingConfig, TextGenerator
 
-        given = {field.name: getattr(options, field.name) for field in fields(SamplingConfig)}
-        given = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
-        sampling = from_dict(SamplingConfig, given, where="command line")
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if options.max_tokens < 1 or options.samples < 1:
             raise ConfigError("--max_tokens and --samples must be at least 1")
         if options.infill is not None and (options.prompt is not None or options.trace):
             raise ConfigError("--infill goes with neither --prompt nor --trace")
         generator = TextGenerator.from_pretrained(options.model, device=device)
+        given = {name: getattr(options, name) for name in to_dict(generator.sampling)}
+        given = {name: value for name, value in given.items() if value is not None}
+        sampling = from_dict(SamplingConfig, to_dict(generator.sampling) | given, where="command line")
         if options.infill is not None:
             infill(generator, options, sampling)
             return

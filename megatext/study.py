@@ -37,6 +37,8 @@ class StudyRun:
     """One training run each. A seed stands on the same seed of the runs that it names, or on their first."""
     states: str = ""
     """A run, a language model, whose hidden states are extracted for this one (`data.hidden_states`)."""
+    states_layer: int | None = None
+    """Of its `hidden_states`, instead of the layer in the options of extract_hidden_states."""
     name: str = ""
     """Its rows in the table; empty: the run's own name."""
     sampling: tuple[dict[str, Any], ...] = ()
@@ -215,7 +217,7 @@ class Study:
         run, model, run_dir = self.runs[name], self.model(name, seed), self.work_dir / "runs" / f"{name}-{seed}"
         settings = {"data.shards": str(self.work_dir / "shards"), **self.config.set, **run.set}
         if run.states:
-            settings["data.hidden_states"] = str(self._states(run.states, seed))
+            settings["data.hidden_states"] = str(self._states(run.states, run.states_layer, seed))
         keys = [
             f"--{key} {shlex.quote(value if isinstance(value, str) else json.dumps(value))}"
             for key, value in ((key, self._fill(value, seed)) for key, value in settings.items())
@@ -226,13 +228,14 @@ class Study:
         export = f"python launch/export.py --run {run_dir} --output {model}"
         self._add(f"export_{name}-{seed}", export, writes=[model])
 
-    def _states(self, name: str, seed: int) -> Path:
+    def _states(self, name: str, layer: int | None, seed: int) -> Path:
         model, shards = self.model(name, seed), self.work_dir / "shards"
-        states = self.work_dir / "states" / model.name
-        if f"states_{model.name}" not in {stage.name for stage in self.stages}:
+        states = self.work_dir / "states" / (model.name if layer is None else f"{model.name}_layer{layer}")
+        if f"states_{states.name}" not in {stage.name for stage in self.stages}:
             extract = f"python -m data_tools.extract_hidden_states --shards {shards} --model {model} --output {states}"
             options = self.config.options.get("extract_hidden_states", "")
-            self._add(f"states_{model.name}", f"{extract} {options}", writes=[states])
+            options += "" if layer is None else f" --layer {layer}"  # the last of two counts
+            self._add(f"states_{states.name}", f"{extract} {options}", writes=[states])
         return states
 
     def _write(self, name: str, seed: int) -> list[dict[str, Any]]:

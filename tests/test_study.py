@@ -11,6 +11,7 @@ import yaml
 
 from megatext.config import ConfigError, load_config, to_dict
 from megatext.recipes import config_class, meta_module, passes_of
+from megatext.recipes.denoiser import check_effects
 from megatext.study import Study
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +54,11 @@ def test_a_run_stands_on_the_same_seed_of_what_it_names(tmp_path: Path, monkeypa
     vae = stages["pretrain_vae-3"]  # no such seed of the language model: its first
     assert "--data.hidden_states runs/x/states/lm-0" in vae.shell() and "states_lm-0" in vae.needs
     assert set(stages["states_lm-0"].needs) == {"shard", "export_lm-0"}
+    again = {**STUDY["runs"], "last": {"like": "vae", "states_layer": -1, "sampling": [{}]}}
+    last = {stage.name: stage for stage in study(tmp_path, monkeypatch, {**STUDY, "runs": again}).stages}
+    assert last["states_lm-0"].shell() == stages["states_lm-0"].shell()  # the file's layer stays beside it
+    assert last["states_lm-0_layer-1"].shell().endswith("--output runs/x/states/lm-0_layer-1 --layer -1")
+    assert "--data.hidden_states runs/x/states/lm-0_layer-1" in last["pretrain_last-3"].shell()
     for seed in (0, 1):
         dit = stages[f"pretrain_dit-{seed}"]
         assert f"--seed {seed}" in dit.shell() and set(dit.needs) == {"shard", "export_vae-3"}
@@ -189,7 +195,8 @@ def test_what_does_not_fit_together_is_told(
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launch/configs/studies").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_run_of_a_shipped_study_is_a_configuration(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the launcher reads it: every key known, every value of its type, and a step of it on the meta device."""
+    """As the launcher reads it: every key known, every value of its type, nothing in it that a training refuses, and a
+    step of it on the meta device."""
     monkeypatch.chdir(ROOT)
     trained = [stage for stage in Study(path, corpus="pydocs:").stages if stage.name.startswith("pretrain_")]
     assert trained
@@ -197,6 +204,9 @@ def test_every_run_of_a_shipped_study_is_a_configuration(path: Path, monkeypatch
         launcher = next(word for word in stage.command if word.startswith("launch/pretrain_"))
         cls = config_class(LAUNCHERS[launcher.removeprefix("launch/pretrain_").removesuffix(".py")])
         config, _ = load_config(cls, list(stage.command[stage.command.index(launcher) + 1 :]))
+        section = next((getattr(config, name) for name in ("dit", "cola", "ldlm") if hasattr(config, name)), None)
+        if section is not None:
+            check_effects(section.network, section.flow, section.sampling, "here")
         if config.seed == 0:
             for each in passes_of(config, meta_module(config, 256), 256):
                 with torch.device("meta"):
@@ -236,13 +246,25 @@ REPAIRS = {
     "with_context": {"flow.target_encoding"},
     "log_uniform": {"flow.segment_lengths"},
 }
+OWN_CHOICES = {
+    "last_layer": {"vae"},
+    "kl_less": {"vae"},
+    "kl_more": {"vae"},
+    "larger_vae": {"vae"},
+    "dropout": {"vae"},
+    "uniform": {"flow.timesteps.distribution"},
+    "scale_less": {"flow.timesteps.scale"},
+    "larger": {"network.trunk.layers"},
+    "always_context": {"flow.condition_dropout", "flow.unconditional_probability"},
+    "more_dropout": {"flow.condition_dropout"},
+}
 TOGETHER = ("adaln", "x0", "more_noise", "self_conditioning", "robust", "drop", "null_vector")
 
 
 def test_each_repair_alone_and_seven_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     found = settings_of("textldm_repairs", "dit")
-    expected = {**REPAIRS, "repaired": set.union(*(REPAIRS[name] for name in TOGETHER))}
+    expected = {**REPAIRS, **OWN_CHOICES, "repaired": set.union(*(REPAIRS[name] for name in TOGETHER))}
     assert found.keys() == {"paper", *expected}
     for name, keys in expected.items():
         assert apart(found[name], found["paper"]) == {f"dit.{key}" for key in keys}, name
@@ -251,6 +273,11 @@ def test_each_repair_alone_and_seven_together(monkeypatch: pytest.MonkeyPatch) -
         "vae_robust": {"vae.decoder_noise"},
         "local_vae": {"vae.network.encoder.layers"},
         "vae_no_repa": {"vae.repa_weight", "data.hidden_states"},
+        "vae_last_layer": {"data.hidden_states"},
+        "vae_kl_less": {"vae.kl_weight"},
+        "vae_kl_more": {"vae.kl_weight"},
+        "vae_larger": {"vae.network.encoder.layers", "vae.network.decoder.layers"},
+        "vae_dropout": {"vae.latent_dropout", "vae.token_dropout"},
     }.items():
         assert apart(vaes[name], vaes["vae"]) == keys
 

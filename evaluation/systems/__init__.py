@@ -24,7 +24,8 @@ class SystemEntry:
     """`model:DIR` (exported by megatext), `hf:DIR or name`, `jsonl:FILE`, `python:MODULE:FUNCTION`, or a sanity row:
     human, other, shuffled, repeat, empty."""
     sampling: dict[str, Any] = field(default_factory=dict)
-    """Keys of SamplingConfig for a diffusion model, of CausalSampling for a causal LM; a function's keywords."""
+    """Keys of SamplingConfig for a diffusion model (none: as the model's own description says), of CausalSampling for a
+    causal LM; a function's keywords."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Of the model's weights and activations."""
     group: str = ""

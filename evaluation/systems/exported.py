@@ -33,12 +33,13 @@ def _library_hash(*packages: str) -> str:
 
 
 class TextDiffusion(System):
-    """A latent diffusion model, through TextGenerator. A free length stops at the end of text."""
+    """A latent diffusion model, through TextGenerator. A free length stops at the end of text. `sampling` is whole:
+    what it does not say is SamplingConfig's default; where it is empty, it is the model's own."""
 
     def __init__(self, directory: Path, sampling: dict[str, Any], *, where: str, dtype: str, device: str) -> None:
-        from megatext.generation.sampling import SamplingConfig
         from megatext.recipes.cola_format import is_cola_directory
         from megatext.recipes.pretrained import read_description
+        from megatext.recipes.sampling import SamplingConfig
         from megatext.training.cost import total_flops
 
         if "length" in sampling:
@@ -48,7 +49,8 @@ class TextDiffusion(System):
         self.training_flops = total_flops(directory)
         self.started_from = described.get("warm_start_hash")
         self._directory, self._device, self._dtype = directory, device, dtype
-        self._sampling = from_dict(SamplingConfig, sampling, where=where)
+        own: dict[str, Any] = described.get("config", {}).get("sampling", {})
+        self._sampling = from_dict(SamplingConfig, sampling or own, where=where)
 
     def fingerprint(self) -> str:
         code = _library_hash("generation", "flow", "nn", "recipes")

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from megatext.generation.noise import Noise, Request
-from megatext.generation.sampling import SamplingConfig
 from megatext.nn.attention import KeysValues, KVCache, Mask, make_mask
 from megatext.nn.blocks import Trunk
 from megatext.nn.layout import CONTEXT, PADDING, TARGET, AttentionRule, Layout
 from megatext.nn.text_vae import TextVAE
+from megatext.recipes.sampling import SamplingConfig
 
 if TYPE_CHECKING:
     from megatext.generation.text_generator import TextGenerator

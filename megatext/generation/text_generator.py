@@ -16,13 +16,13 @@ from megatext.flow.solvers import sample
 from megatext.generation.lengths import draw_target_tokens, read_lengths
 from megatext.generation.likelihood import Likelihood, LikelihoodConfig, log_likelihood
 from megatext.generation.noise import Noise, Request, draw_tokens
-from megatext.generation.sampling import SamplingConfig
 from megatext.nn.layout import Layout
 from megatext.nn.text_vae import TextVAE
 from megatext.recipes import cola_format
 from megatext.recipes.denoiser import TextDiTTraining, make_denoiser
 from megatext.recipes.hidden_autoencoder import HiddenAutoencoder, is_hidden_autoencoder, load_hidden_autoencoder
 from megatext.recipes.pretrained import check_vocabulary, load_text_vae, read_description, weights_hash
+from megatext.recipes.sampling import SamplingConfig, check_sampling
 from megatext.recipes.text_dit import TextDiTRecipeConfig
 from megatext.tokenizer import Tokenizer, load_tokenizer
 
@@ -37,8 +37,11 @@ class TextGenerator:
     """Generates with a denoiser and its VAE. A prompt's text is a function of (prompt, length, seed, sampling): it
     does not depend on the other prompts of the call."""
 
-    def __init__(self, module: TextDiTTraining, vae: Autoencoder, tokenizer: Tokenizer) -> None:
-        self.module, self.vae, self.tokenizer = module, vae, tokenizer
+    def __init__(
+        self, module: TextDiTTraining, vae: Autoencoder, tokenizer: Tokenizer, sampling: SamplingConfig
+    ) -> None:
+        """`sampling`: of calls that do not say."""
+        self.module, self.vae, self.tokenizer, self.sampling = module, vae, tokenizer, sampling
         self.flow = module.flow
         self.window_tokens: list[int] = []
         self.observer: Callable[[list[list[int]]], None] | None = None
@@ -54,7 +57,7 @@ class TextGenerator:
             text_vae, network, flow = cola_format.read(directory)
             check_vocabulary(text_vae, load_tokenizer(directory), directory)
             module = TextDiTTraining(network, flow, path_from_name(flow.path), None)
-            return TextGenerator._on(module, text_vae, load_tokenizer(directory), device, dtype)
+            return TextGenerator._on(module, text_vae, load_tokenizer(directory), SamplingConfig(), device, dtype)
         description = read_description(directory, "text_dit")
         config = from_dict(TextDiTRecipeConfig, description["config"], where=f"{directory}/config.json")
         vae_directory = Path(directory) / "vae"
@@ -71,18 +74,23 @@ class TextGenerator:
         if config.network.token_embedding:
             weights["head.weight"] = weights["token_embedding.weight"]
         module.network.load_state_dict(weights)
-        generator = TextGenerator._on(module, vae, load_tokenizer(directory), device, dtype)
+        generator = TextGenerator._on(module, vae, load_tokenizer(directory), config.sampling, device, dtype)
         generator.window_tokens = read_lengths(Path(directory))
         return generator
 
     @staticmethod
     def _on(
-        module: TextDiTTraining, vae: Autoencoder, tokenizer: Tokenizer, device: str, dtype: torch.dtype
+        module: TextDiTTraining,
+        vae: Autoencoder,
+        tokenizer: Tokenizer,
+        sampling: SamplingConfig,
+        device: str,
+        dtype: torch.dtype,
     ) -> "TextGenerator":
         module.network.to(device=device, dtype=dtype).eval().requires_grad_(False)
         if module.table is not None:
             module.table = module.table.to(device)
-        return TextGenerator(module, vae.to(device), tokenizer)
+        return TextGenerator(module, vae.to(device), tokenizer, sampling)
 
     def generate(
         self, prompts: list[str], *, target_tokens: list[int], seeds: list[int], sampling: SamplingConfig | None = None
@@ -94,7 +102,7 @@ class TextGenerator:
             raise ValueError(
                 f"{len(prompts)} prompts, {len(target_tokens)} lengths, {len(seeds)} seeds: give one of each"
             )
-        sampling = sampling or SamplingConfig()
+        sampling = sampling or self.sampling
         requests = [self._request(p, n, s, sampling) for p, n, s in zip(prompts, target_tokens, seeds, strict=True)]
         texts = [[] for _ in requests]  # type: list[list[int]]
         for pieces in self._pieces(requests, sampling):
@@ -117,7 +125,7 @@ class TextGenerator:
             raise ConfigError(
                 "infill is for models trained with flow.infill_probability above 0; this one only learnt to write ends"
             )
-        sampling = replace(sampling or SamplingConfig(), length="oracle")
+        sampling = replace(sampling or self.sampling, length="oracle")
         requests = [self._with_gaps(pieces, seed) for pieces, seed in zip(texts, seeds, strict=True)]
         (written,) = self._pieces(requests, sampling)
         whole = []
@@ -164,7 +172,7 @@ class TextGenerator:
     ) -> list[str]:
         """What the continuation of a prompt reads like after every step (TextLDM's Table 7); with a model that writes
         in blocks each is the text so far."""
-        sampling = sampling or SamplingConfig()
+        sampling = sampling or self.sampling
         request = self._request(prompt, target_tokens, seed, sampling)
         written: list[int] = []
         shown: list[str] = []
@@ -185,7 +193,7 @@ class TextGenerator:
     ) -> Iterator[str]:
         """The continuation of one prompt, block by block as it is written (all at once for a one-shot model). Without a
         `sampling` it ends with the text, or after `target_tokens`."""
-        sampling = sampling or SamplingConfig(length="eos")
+        sampling = sampling or replace(self.sampling, length="eos")
         request = self._request(prompt, target_tokens, seed, sampling)
         tokens: list[int] = []
         shown = 0
@@ -215,19 +223,8 @@ class TextGenerator:
     def _pieces(self, requests: list[Request], sampling: SamplingConfig) -> Iterator[list[list[int]]]:
         from megatext.generation import blockwise, oneshot
 
-        if sampling.temperature != 1.0 and self.flow.objective != "token_cross_entropy":
-            raise ConfigError("temperature needs a model that ends in token logits (objective token_cross_entropy)")
-        if sampling.solver == "ancestral" and self.flow.objective != "token_cross_entropy":
-            raise ConfigError("the ancestral solver needs a model that ends in token logits (token_cross_entropy)")
-        if sampling.history == "latents" and self.module.table is not None:
-            raise ConfigError("history: latents is for models that end in latents; this one ends in tokens")
+        check_sampling(sampling, self.flow)
         self._check_prompts([request.prompt for request in requests])
-        if not 0 <= sampling.exit_margin <= 1:
-            raise ConfigError(f"exit_margin {sampling.exit_margin}: a difference of two probabilities, from 0 to 1")
-        sizes = {self.flow.block_tokens, *self.flow.training_block_tokens}
-        if sampling.block_tokens and (not self.flow.block_tokens or sampling.block_tokens not in sizes):
-            trained = f"in blocks of {', '.join(map(str, sorted(sizes)))}" if self.flow.block_tokens else "in one shot"
-            raise ConfigError(f"block_tokens {sampling.block_tokens}: the model was trained {trained}")
         with self._evaluating():
             yield from (blockwise if self.flow.block_tokens else oneshot).generate(self, requests, sampling)
 

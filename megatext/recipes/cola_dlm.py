@@ -45,6 +45,7 @@ from megatext.recipes.pretrained import (
     write_model,
     write_vae,
 )
+from megatext.recipes.sampling import SamplingConfig
 from megatext.recipes.text_dit import TextDiTRecipeConfig
 from megatext.recipes.text_vae import HiddenTokens, latent_health
 from megatext.tokenizer import load_tokenizer
@@ -64,6 +65,8 @@ class ColaDLMRecipeConfig:
     """The denoiser."""
     flow: FlowConfig = field(default_factory=FlowConfig)
     """The process; needs block_tokens > 0."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How it writes where a call does not say: in previews, `launch/generate.py`, a systems file without `sampling`."""
     vae_weight: float = 1.0
     """Of the autoencoder's terms together."""
     entropy_weight: float = 1e-3
@@ -144,7 +147,7 @@ class ColaDLMRecipe(Recipe):
     module: ColaDLMTraining
 
     def __init__(self, config: PretrainColaConfig) -> None:
-        check_effects(config.cola.network, config.cola.flow, "cola")
+        check_effects(config.cola.network, config.cola.flow, config.cola.sampling, "cola")
         self.config, self.seed = config.cola, config.seed
         self.vae_directory = Path(config.cola.vae)
         self.reference, self.tokenizer_fingerprint = load_text_vae(self.vae_directory)
@@ -227,7 +230,8 @@ class ColaDLMRecipe(Recipe):
         from megatext.generation.text_generator import TextGenerator
 
         tokenizer = load_tokenizer(self.vae_directory)
-        return TextGenerator(self.module.denoiser, self._present_vae, tokenizer).preview(seed)
+        generator = TextGenerator(self.module.denoiser, self._present_vae, tokenizer, self.config.sampling)
+        return generator.preview(seed)
 
     def export(self, state_dict: dict[str, Tensor], output: Path) -> None:
         vae = self.vae_directory
@@ -235,7 +239,8 @@ class ColaDLMRecipe(Recipe):
             weights = {k.removeprefix("vae."): v for k, v in state_dict.items() if k.startswith("vae.")}
             vae = output / "vae"
             write_vae(vae, self.module.vae.config, weights, tokenizer=self.vae_directory)
-        config = TextDiTRecipeConfig(vae=self.config.vae, network=self.config.network, flow=self.config.flow)
+        c = self.config
+        config = TextDiTRecipeConfig(vae=c.vae, network=c.network, flow=c.flow, sampling=c.sampling)
         weights = stored_weights(state_dict, "denoiser.network.", config.network)
         write_model(output, "text_dit", config, weights, tokenizer=self.vae_directory, vae=vae)
 

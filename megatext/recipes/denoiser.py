@@ -21,6 +21,7 @@ from megatext.nn.perceiver import LatentAutoencoder
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
 from megatext.recipes.base import Output
 from megatext.recipes.flow_config import FlowConfig
+from megatext.recipes.sampling import SamplingConfig, check_sampling
 
 TIMESTEP_BINS = 10
 """Loss is logged in this many equal bins of the timestep."""
@@ -275,9 +276,10 @@ def check_one_shot(flow: FlowConfig, vae: TextVAE | LatentAutoencoder) -> None:
         raise ConfigError("flow.target_encoding with_context needs a VAE whose attention is full")
 
 
-def check_effects(network: TextDiTConfig, flow: FlowConfig, where: str) -> None:
-    """Raise ConfigError, naming the field below `where`, where a training would be asked for what has no effect on it.
-    An export that was trained so is not asked: it writes as it did."""
+def check_effects(network: TextDiTConfig, flow: FlowConfig, sampling: SamplingConfig, where: str) -> None:
+    """Raise ConfigError, naming the field below `where`, where a training would be asked for what has no effect on it,
+    or its model for texts that it cannot write. An export that was trained so is not asked: it writes as it did."""
+    check_sampling(sampling, flow, f"{where}.sampling.")
     if flow.block_tokens and flow.null_condition == "zeros":
         raise ConfigError(f"{where}.flow.null_condition zeros: only in one shot (flow.block_tokens: 0); set it to drop")
     if flow.noise_copies > 1 and not flow.block_tokens:

@@ -50,6 +50,7 @@ from megatext.recipes.hidden_autoencoder import (
 )
 from megatext.recipes.noisy_rows import OneShot, check_rows, cut_segments, one_shot, pad_with_ends
 from megatext.recipes.pretrained import weights_hash, write_model
+from megatext.recipes.sampling import SamplingConfig
 from megatext.recipes.text_dit import TextDiTRecipeConfig
 from megatext.recipes.text_vae import TeacherStatistics, latent_health
 from megatext.tokenizer import load_tokenizer
@@ -83,6 +84,8 @@ class LDLMRecipeConfig:
     """The denoiser."""
     flow: FlowConfig = field(default_factory=FlowConfig)
     """The process; `adaptive_timesteps` is the third ingredient."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How it writes where a call does not say: in previews, `launch/generate.py`, a systems file without `sampling`."""
     decoder_loss: Literal["mse", "cross_entropy"] = "mse"
     """`mse`: the decoder learns hidden states, and the tokens' cross-entropy stops before them. `cross_entropy`: it
     goes all the way, and there is no other."""
@@ -187,7 +190,7 @@ class LDLMRecipe(Recipe):
     module: LDLMTraining
 
     def __init__(self, config: PretrainLDLMConfig) -> None:
-        check_effects(config.ldlm.network, config.ldlm.flow, "ldlm")
+        check_effects(config.ldlm.network, config.ldlm.flow, config.ldlm.sampling, "ldlm")
         self.config, self.seed, self.flow = config.ldlm, config.seed, config.ldlm.flow
         self.language_model = Path(config.ldlm.language_model)
         tokenizer = load_tokenizer(self.language_model)
@@ -301,7 +304,8 @@ class LDLMRecipe(Recipe):
     def preview(self, seed: int) -> list[str]:
         from megatext.generation.text_generator import TextGenerator
 
-        generator = TextGenerator(self.module.denoiser, self._autoencoder, load_tokenizer(self.language_model))
+        tokenizer = load_tokenizer(self.language_model)
+        generator = TextGenerator(self.module.denoiser, self._autoencoder, tokenizer, self.config.sampling)
         generator.flow = found_timesteps(self.flow, dict(self.module.named_buffers()), "denoiser.")
         return generator.preview(seed)
 
@@ -315,7 +319,9 @@ class LDLMRecipe(Recipe):
         described = HiddenAutoencoderConfig(self.config.autoencoder, self.config.layer, self.statistics.causal)
         write_hidden_autoencoder(output / "vae", described, weights, language_model=self.language_model)
         config = TextDiTRecipeConfig(
-            network=self.config.network, flow=found_timesteps(self.flow, state_dict, "denoiser.")
+            network=self.config.network,
+            flow=found_timesteps(self.flow, state_dict, "denoiser."),
+            sampling=self.config.sampling,
         )
         weights = stored_weights(state_dict, "denoiser.network.", config.network)
         write_model(output, "text_dit", config, weights, tokenizer=self.language_model, vae=output / "vae")

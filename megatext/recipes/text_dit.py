@@ -40,6 +40,7 @@ from megatext.recipes.noisy_rows import (
     two_streams,
 )
 from megatext.recipes.pretrained import is_text_vae, load_text_vae, text_vae_config, weights_hash, write_model
+from megatext.recipes.sampling import SamplingConfig
 from megatext.recipes.warm_start import load_language_model
 from megatext.tokenizer import load_tokenizer
 from megatext.training.run_config import RunConfig
@@ -57,6 +58,8 @@ class TextDiTRecipeConfig:
     """The denoiser."""
     flow: FlowConfig = field(default_factory=FlowConfig)
     """The process."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How it writes where a call does not say: in previews, `launch/generate.py`, a systems file without `sampling`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +77,7 @@ class TextDiTRecipe(Recipe):
     module: TextDiTTraining
 
     def __init__(self, config: PretrainDiTConfig) -> None:
-        check_effects(config.dit.network, config.dit.flow, "dit")
+        check_effects(config.dit.network, config.dit.flow, config.dit.sampling, "dit")
         self.config, self.seed, self.flow = config.dit, config.seed, config.dit.flow
         self.vae_directory = Path(config.dit.vae)
         self.vae, self.tokenizer_fingerprint = load_text_vae(self.vae_directory)
@@ -151,7 +154,7 @@ class TextDiTRecipe(Recipe):
     def preview(self, seed: int) -> list[str]:
         from megatext.generation.text_generator import TextGenerator
 
-        generator = TextGenerator(self.module, self.vae, load_tokenizer(self.vae_directory))
+        generator = TextGenerator(self.module, self.vae, load_tokenizer(self.vae_directory), self.config.sampling)
         generator.flow = found_timesteps(self.flow, dict(self.module.named_buffers()), "")
         return generator.preview(seed)
 

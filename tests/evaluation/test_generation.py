@@ -259,6 +259,7 @@ def test_model_writes_through_the_text_generator(
     @dataclass(frozen=True)
     class SamplingConfig:
         steps: int = 8
+        temperature: float = 1.0
         length: str = "oracle"
 
     class TextGenerator:
@@ -278,7 +279,7 @@ def test_model_writes_through_the_text_generator(
 
     sampling, generator = types.ModuleType("sampling"), types.ModuleType("text_generator")
     sampling.SamplingConfig, generator.TextGenerator = SamplingConfig, TextGenerator  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "megatext.generation.sampling", sampling)
+    monkeypatch.setitem(sys.modules, "megatext.recipes.sampling", sampling)
     monkeypatch.setitem(sys.modules, "megatext.generation.text_generator", generator)
     model = tmp_path / "model"
     shutil.copytree(tiny_lm, model)
@@ -289,7 +290,13 @@ def test_model_writes_through_the_text_generator(
     assert all(count > 5 for count in calls[-1]["target_tokens"])
     free = replace(settings, length=Length("free", 7))
     generate(manifest, SystemEntry("dit", f"model:{model}", {"steps": 4}), free)
-    assert calls[-1] == {"target_tokens": [7] * 20, "sampling": SamplingConfig(4, "eos")}
+    assert calls[-1] == {"target_tokens": [7] * 20, "sampling": SamplingConfig(4, length="eos")}
+    # what a row says is whole; what its model says counts where the row says nothing
+    described = {"kind": "text_dit", "config": {"sampling": {"steps": 6}}}
+    (model / "config.json").write_text(json.dumps(described))
+    for row, expected in (({}, SamplingConfig(6)), ({"temperature": 0.5}, SamplingConfig(8, 0.5))):
+        generate(manifest, SystemEntry("dit", f"model:{model}", row), settings)
+        assert calls[-1]["sampling"] == expected
     with pytest.raises(ConfigError, match="system dit, sampling: .*did you mean 'steps'"):
         generate(manifest, SystemEntry("dit", f"model:{model}", {"stepz": 4}), settings)
     with pytest.raises(ConfigError, match="one rule for all systems"):

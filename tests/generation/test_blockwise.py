@@ -215,7 +215,7 @@ def test_streaming_ends_by_itself(generator: TextGenerator) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"block_tokens": 3}, "block_tokens 3: the model was trained in blocks of 2, 4"), ({"temperature": 0.5}, "token")],
+    [({"block_tokens": 3}, "block_tokens 3: the model is trained in blocks of 2, 4"), ({"temperature": 0.5}, "token")],
 )
 def test_what_a_model_cannot_do(generator: TextGenerator, changes: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -3,10 +3,12 @@
 import ast
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatext.generation import SamplingConfig, TextGenerator
 from tests.generation.test_text_generator import export
 
 PROGRAM = Path(__file__).parents[2] / "launch" / "generate.py"
@@ -52,3 +54,19 @@ def test_what_does_not_go_together(
     with pytest.raises(SystemExit):
         run(monkeypatch, "--model", model, "--infill", "no gap")
     assert "without a gap" in capsys.readouterr().err
+
+
+def test_options_change_what_they_say_of_the_models_own_sampling(
+    tmp_path: Path, tokenizer_directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = SamplingConfig(steps=3, guidance_scale=4.0, guidance_interval=(0.1, 0.9))
+    model = export(tmp_path, tokenizer_directory, "one_shot", sampling=own)
+    generator = TextGenerator.from_pretrained(model)
+    for options, sampling in (
+        ((), own),
+        (("--steps", "5"), replace(own, steps=5)),
+        (("--guidance_interval", "0", "1", "--guidance_scale", "2"), SamplingConfig(steps=3, guidance_scale=2.0)),
+    ):
+        run(monkeypatch, "--model", str(model), "--prompt", "the cat", "--max_tokens", "9", *options)
+        (expected,) = generator.generate(["the cat"], target_tokens=[9], seeds=[0], sampling=sampling)
+        assert capsys.readouterr().out == f"the cat{expected}\n"

@@ -9,11 +9,11 @@ import torch
 from megatext.config import ConfigError
 from megatext.flow import guidance
 from megatext.generation.noise import Request
-from megatext.generation.sampling import SamplingConfig
 from megatext.generation.text_generator import TextGenerator
 from megatext.nn.attention import make_mask
 from megatext.nn.layout import CONTEXT, PADDING, TARGET, Layout
 from megatext.recipes.flow_config import FlowConfig
+from megatext.recipes.sampling import SamplingConfig
 from tests.generation.test_text_generator import LENGTHS, PROMPTS, SYSTEMS, export
 
 GENERATED = {

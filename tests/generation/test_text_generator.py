@@ -10,7 +10,6 @@ import torch
 from megatext.config import ConfigError
 from megatext.flow.timesteps import TimestepConfig
 from megatext.generation.noise import Noise, Request, draw_tokens
-from megatext.generation.sampling import SamplingConfig
 from megatext.generation.text_generator import TextGenerator
 from megatext.nn.blocks import TrunkConfig
 from megatext.nn.dit import TextDiTConfig
@@ -18,6 +17,7 @@ from megatext.nn.text_vae import TextVAE, TextVAEConfig
 from megatext.recipes.denoiser import make_denoiser
 from megatext.recipes.flow_config import FlowConfig
 from megatext.recipes.pretrained import write_model
+from megatext.recipes.sampling import SamplingConfig
 from megatext.recipes.text_dit import TextDiTRecipeConfig
 from megatext.tokenizer import load_tokenizer
 
@@ -41,7 +41,13 @@ SYSTEMS = {
 }
 
 
-def export(directory: Path, tokenizer: Path, name: str, causal: bool = False) -> Path:
+def export(
+    directory: Path,
+    tokenizer: Path,
+    name: str,
+    causal: bool = False,
+    sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 frozen
+) -> Path:
     """A model with random weights, exported."""
     flow, encoder_layers = SYSTEMS[name]
     torch.manual_seed(1)
@@ -62,7 +68,7 @@ def export(directory: Path, tokenizer: Path, name: str, causal: bool = False) ->
     )
     vae = TextVAE(vae_config, load_tokenizer(tokenizer).vocab_size)
     write_model(directory / "vae_source", "text_vae", vae_config, vae.state_dict(), tokenizer=tokenizer)
-    config = TextDiTRecipeConfig(vae=str(directory / "vae_source"), network=network, flow=flow)
+    config = TextDiTRecipeConfig(vae=str(directory / "vae_source"), network=network, flow=flow, sampling=sampling)
     module = make_denoiser(config.network, config.flow, vae)
     weights = {n: torch.randn(p.shape) * 0.4 for n, p in module.network.state_dict().items()}
     if network.token_embedding:
@@ -74,6 +80,21 @@ def export(directory: Path, tokenizer: Path, name: str, causal: bool = False) ->
 @pytest.fixture(params=sorted(SYSTEMS))
 def generator(request: pytest.FixtureRequest, tmp_path: Path, tokenizer_directory: Path) -> TextGenerator:
     return TextGenerator.from_pretrained(export(tmp_path, tokenizer_directory, request.param))
+
+
+def test_a_model_writes_as_its_description_says_where_a_call_does_not(
+    tmp_path: Path, tokenizer_directory: Path
+) -> None:
+    own = SamplingConfig(steps=3, grid="uniform", guidance_scale=4.0, guidance_interval=(0.1, 0.9))
+    generator = TextGenerator.from_pretrained(export(tmp_path, tokenizer_directory, "one_shot", sampling=own))
+    assert generator.sampling == own
+    asked: dict[str, Any] = {"target_tokens": [9], "seeds": [3]}
+    written = generator.generate(["the cat"], **asked)
+    assert written == generator.generate(["the cat"], **asked, sampling=own)
+    assert written != generator.generate(["the cat"], **asked, sampling=SamplingConfig())
+    assert len(generator.trace("the cat")) == 3
+    streamed = "".join(generator.stream("the cat", target_tokens=9, seed=3))
+    assert streamed == generator.generate(["the cat"], **asked, sampling=replace(own, length="eos"))[0]
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])

@@ -44,6 +44,7 @@ BLOCKS = {
         "block_tokens": 2,
         "self_conditioning_probability": 0.5,
     },
+    "sampling": {"steps": 2, "solver": "ancestral", "temperature": 0.8, "guidance_scale": 2.0},
 }
 ONE_SHOT = {
     "network": {"trunk": TRUNK, "null_embedding": True},
@@ -61,6 +62,7 @@ ONE_SHOT = {
 COLA = {
     "network": {"trunk": {**TRUNK, "qk_norm_kind": "layer"}, "timestep_layers": 3, "final_modulation": True},
     "flow": {"block_tokens": 4, "training_block_tokens": [1, 2, 4], "posterior": "sample"},
+    "sampling": {"steps": 2, "grid": "uniform", "history": "latents"},
 }
 LDLM = {
     "autoencoder": {"latent_channels": 8, "encoder": TRUNK, "decoder": TRUNK, "token_decoder": TRUNK},
@@ -72,6 +74,7 @@ LDLM = {
         "adaptive_timesteps": {"bins": 4, "decay": 0.5, "refresh_steps": 3},
         "self_conditioning_probability": 0.5,
     },
+    "sampling": {"steps": 3},
     "encoder_warmup_steps": 4,
 }
 SYSTEMS = {

@@ -169,7 +169,7 @@ def test_texts(
     from megatext.recipes.denoiser import TextDiTTraining
 
     module = TextDiTTraining(network, flow, Linear(), None)
-    generator = TextGenerator(module, cola_format.read_vae(directory), NoText())  # type: ignore[arg-type]
+    generator = TextGenerator(module, cola_format.read_vae(directory), NoText(), SamplingConfig())  # type: ignore[arg-type]
     size = SIZES[case]["block"]
     # they write whole blocks, as many as hold the tokens asked for
     blocks = -(-cola_golden.NEW_TOKENS // size)

@@ -15,6 +15,7 @@ from megatext.nn.dit import TextDiTConfig
 from megatext.nn.layout import CONTEXT
 from megatext.recipes.denoiser import check_effects
 from megatext.recipes.flow_config import ConsistencyConfig, FlowConfig
+from megatext.recipes.sampling import SamplingConfig
 from tests.recipes.rows import make_batch
 from tests.recipes.test_text_dit import BLOCKS, ONE_SHOT, TRUNK, make_recipe
 
@@ -218,9 +219,24 @@ def test_axes_of_one_shot_alone(flow: FlowConfig, message: str) -> None:
 )
 def test_what_would_have_no_effect_is_refused(flow: FlowConfig, network: TextDiTConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_effects(network, flow, "dit")
+        check_effects(network, flow, SamplingConfig(), "dit")
     for fits in (BLOCKS, replace(BLOCKS, noise_copies=2), replace(ONE_SHOT, null_condition="zeros")):
-        check_effects(TextDiTConfig(), fits, "dit")
+        check_effects(TextDiTConfig(), fits, SamplingConfig(), "dit")
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        (SamplingConfig(temperature=0.5), "temperature needs"),
+        (SamplingConfig(solver="ancestral"), "solver ancestral needs"),
+        (SamplingConfig(block_tokens=2), "block_tokens 2: the model is trained in one shot"),
+    ],
+)
+def test_a_training_refuses_previews_that_its_model_cannot_write(sampling: SamplingConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"dit.sampling.{message}"):
+        check_effects(TextDiTConfig(), ONE_SHOT, sampling, "dit")
+    by_tokens = replace(BLOCKS, objective="token_cross_entropy")
+    check_effects(TextDiTConfig(output="tokens"), by_tokens, SamplingConfig(temperature=0.5), "dit")
 
 
 @pytest.mark.parametrize(("objective", "latent_loss"), [("x0", "velocity"), ("velocity", "x0"), ("x0", "own")])

@@ -73,10 +73,9 @@ def test_ranks_equal_one_process(stage: str, world: int, alone: tuple[Path, dict
     for name in {"blocks", "one_shot", "cola", "ldlm"} & {*names}:
         export(tmp_path / name, tmp_path / "model" / name)
         generator = TextGenerator.from_pretrained(tmp_path / "model" / name)
-        texts = generator.generate(
-            ["The quick", ""], target_tokens=[5, 5], seeds=[0, 1], sampling=SamplingConfig(steps=2)
-        )
-        assert len(texts) == 2
+        own = next(iter(SYSTEMS[name][1].values())).get("sampling", {})
+        assert generator.sampling == SamplingConfig(**own)
+        assert len(generator.generate(["The quick", ""], target_tokens=[5, 5], seeds=[0, 1])) == 2
 
 
 def test_a_run_goes_on_with_the_vae_it_began_with_only(

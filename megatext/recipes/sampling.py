@@ -1,9 +1,11 @@
-"""How a text is sampled: one configuration for every system, saved with every output."""
+"""How a text is sampled: one configuration for every system, in a model's description and saved with every output."""
 
 from dataclasses import dataclass
 from typing import Literal
 
+from megatext.config import ConfigError
 from megatext.flow.solvers import Solver
+from megatext.recipes.flow_config import FlowConfig
 
 
 @dataclass(frozen=True)
@@ -38,3 +40,25 @@ class SamplingConfig:
     """`oracle` generates the number of tokens asked for, none of them an end of text; `eos` at most that many, cut at
     the first end of text, where writing stops; `sampled` is `eos` with a text's most tokens drawn from the lengths of
     training's texts, which a one-shot model needs: it writes for the room it is given."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0 <= self.exit_margin <= 1:
+            raise ConfigError(
+                f"sampling: steps {self.steps} must be at least 1, exit_margin {self.exit_margin} a difference of two "
+                "probabilities, from 0 to 1"
+            )
+
+
+def check_sampling(sampling: SamplingConfig, flow: FlowConfig, where: str = "") -> None:
+    """Raise ConfigError, naming the field below `where`, where a model of this process cannot be sampled so."""
+    by_tokens = flow.objective == "token_cross_entropy"
+    if sampling.temperature != 1.0 and not by_tokens:
+        raise ConfigError(f"{where}temperature needs a model that ends in token logits (objective token_cross_entropy)")
+    if sampling.solver == "ancestral" and not by_tokens:
+        raise ConfigError(f"{where}solver ancestral needs a model that ends in token logits (token_cross_entropy)")
+    if sampling.history == "latents" and by_tokens:
+        raise ConfigError(f"{where}history latents is for models that end in latents; this one ends in tokens")
+    sizes = {flow.block_tokens, *flow.training_block_tokens}
+    if sampling.block_tokens and (not flow.block_tokens or sampling.block_tokens not in sizes):
+        trained = f"in blocks of {', '.join(map(str, sorted(sizes)))}" if flow.block_tokens else "in one shot"
+        raise ConfigError(f"{where}block_tokens {sampling.block_tokens}: the model is trained {trained}")
