@@ -105,7 +105,7 @@ class Theirs:
                 vae_mode="sample",
             ),
         }
-        exec(compile(ast.Module(body=wanted, type_ignores=[]), "cola_pretrain.py", "exec"), scope)
+        exec(compile(ast.Module(body=[*wanted], type_ignores=[]), "cola_pretrain.py", "exec"), scope)
         optimizer = torch.optim.AdamW(self.dit.parameters(), lr=0.0, betas=(0.9, 0.999), weight_decay=0.01)
         batches = [torch.from_numpy(batch).to(self.device) for batch in rows]
 

@@ -168,7 +168,7 @@ def _bertscore(
 def _random_bert(folder: Path, texts: list[str]) -> Path:
     import torch
     from tokenizers import BertWordPieceTokenizer
-    from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers import BertConfig, BertModel, BertTokenizerFast  # type: ignore[attr-defined]
 
     folder.mkdir()
     pieces = BertWordPieceTokenizer()

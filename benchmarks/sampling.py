@@ -81,7 +81,7 @@ def textdit(options: argparse.Namespace, flow: FlowConfig) -> TextGenerator:
         role_embedding=not tokens_out,
     )
     module = make_denoiser(network, flow, vae, frozen=True)
-    return TextGenerator._on(module, vae, TOKENIZER, options.device, options.dtype)
+    return TextGenerator._on(module, vae, TOKENIZER, SamplingConfig(), options.device, options.dtype)
 
 
 def ldlm(options: argparse.Namespace, model: Any) -> TextGenerator:
@@ -94,7 +94,7 @@ def ldlm(options: argparse.Namespace, model: Any) -> TextGenerator:
     network = TextDiTConfig(trunk=trunk(options, options.layers), self_conditioning=True, role_embedding=False)
     flow = FlowConfig(path="tan-3", objective="x0", self_conditioning_probability=0.5)
     module = make_denoiser(network, flow, autoencoder, frozen=True)
-    return TextGenerator._on(module, vae, TOKENIZER, options.device, options.dtype)
+    return TextGenerator._on(module, vae, TOKENIZER, SamplingConfig(), options.device, options.dtype)
 
 
 def diffusion(

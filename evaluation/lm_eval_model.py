@@ -1,5 +1,5 @@
 """Our generators in lm-evaluation-harness: `python -m evaluation.lm_eval_model run --model megatext --model_args
-pretrained=DIR,steps=8 --tasks ...` takes every option of its command line, with `megatext` among the models.
+pretrained=DIR --tasks ...` takes every option of its command line, with `megatext` among the models.
 
 Needs `pip install lm-eval`. Diffusion models answer `generate_until`; log-likelihoods are asked of causal LMs only.
 """
@@ -46,8 +46,8 @@ class MegatextLM(TemplateLM):
         max_batch_size: int | None = None,
         **sampling: Any,
     ) -> None:
-        """`sampling`: keys of SamplingConfig for a diffusion model, of CausalSampling for a causal LM. Raises
-        ConfigError for a key that is neither, and for a directory that cannot write."""
+        """`sampling`: keys of SamplingConfig for a diffusion model (none: its own), of CausalSampling for a causal LM.
+        Raises ConfigError for a key that is neither, and for a directory that cannot write."""
         super().__init__()
         if dtype not in ("fp32", "bf16"):
             raise ConfigError(f"dtype={dtype}: write fp32 or bf16")

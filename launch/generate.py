@@ -3,20 +3,17 @@
 import argparse
 import re
 import sys
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatext.config import cli_errors
 
-AS_TRAINED = "default: as the model's config.json says"
-"""Of an option of sampling."""
-
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Options of the call, and every field of SamplingConfig under its own name; None: as the model says."""
+    from megatext.config import to_dict
     from megatext.recipes.sampling import SamplingConfig
 
     parser = argparse.ArgumentParser(
@@ -33,12 +30,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=1, help="texts for each prompt")
     parser.add_argument("--seed", type=int, default=0, help="of the first sample; the next ones follow")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; default: a GPU where there is one")
-    for field in fields(SamplingConfig):
-        default: Any = field.default
-        if get_origin(field.type) is tuple or isinstance(default, tuple):
-            parser.add_argument(f"--{field.name}", type=float, nargs=2, metavar=("LOW", "HIGH"), help=AS_TRAINED)
+    group = parser.add_argument_group("sampling", "what is not given is as the model's config.json says")
+    for name, default in to_dict(SamplingConfig()).items():
+        says = f"{default} where it says nothing"
+        if isinstance(default, list):
+            group.add_argument(f"--{name}", type=float, nargs=2, metavar=("LOW", "HIGH"), help=says)
         else:
-            parser.add_argument(f"--{field.name}", type=type(default), help=AS_TRAINED)
+            choices = get_args(get_type_hints(SamplingConfig)[name]) or None
+            group.add_argument(f"--{name}", type=type(default), choices=choices, help=says)
     return parser.parse_args(argv)
 
 
@@ -51,14 +50,15 @@ def main(argv: list[str]) -> None:
         from megatext.config import ConfigError, from_dict, to_dict
         from megatext.generation import SamplingConfig, TextGenerator
 
+        given = {name: getattr(options, name) for name in to_dict(SamplingConfig())}
+        given = {name: value for name, value in given.items() if value is not None}
+        from_dict(SamplingConfig, given, where="command line")  # what is wrong is said before the weights are read
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if options.max_tokens < 1 or options.samples < 1:
             raise ConfigError("--max_tokens and --samples must be at least 1")
         if options.infill is not None and (options.prompt is not None or options.trace):
             raise ConfigError("--infill goes with neither --prompt nor --trace")
         generator = TextGenerator.from_pretrained(options.model, device=device)
-        given = {name: getattr(options, name) for name in to_dict(generator.sampling)}
-        given = {name: value for name, value in given.items() if value is not None}
         sampling = from_dict(SamplingConfig, to_dict(generator.sampling) | given, where="command line")
         if options.infill is not None:
             infill(generator, options, sampling)

@@ -38,7 +38,7 @@ class StudyRun:
     states: str = ""
     """A run, a language model, whose hidden states are extracted for this one (`data.hidden_states`)."""
     states_layer: int | None = None
-    """Of its `hidden_states`, instead of the layer in the options of extract_hidden_states."""
+    """Their layer; null: that in the options of extract_hidden_states."""
     name: str = ""
     """Its rows in the table; empty: the run's own name."""
     sampling: tuple[dict[str, Any], ...] = ()
@@ -133,21 +133,24 @@ class Study:
             return self._resampled(name, run)
         if not (run.launcher and run.config and run.seeds):
             raise ConfigError(f"{self.file}: runs.{name}: launcher, config and seeds are needed")
+        if run.states_layer is not None and not run.states:
+            raise ConfigError(f"{self.file}: runs.{name}: states_layer is of states, which are not said")
         return replace(run, name=run.name or name)
 
     def _resampled(self, name: str, run: StudyRun) -> StudyRun:
         """A run that samples the models of another."""
         trained = self._whole(run.model_of)
         seeds = run.seeds or trained.seeds
-        if trained.model_of or run.launcher or run.config or run.set or run.states or not run.sampling:
+        own = run.launcher or run.config or run.set or run.states or run.states_layer is not None
+        if trained.model_of or own or not run.sampling:
             raise ConfigError(
                 f"{self.file}: runs.{name}: model_of names a run that is trained, and goes with sampling, "
                 "name, seeds and unconditional only"
             )
         if not set(seeds) <= set(trained.seeds):
             raise ConfigError(f"{self.file}: runs.{name}: {run.model_of} has the seeds {list(trained.seeds)} only")
-        own = replace(trained, model_of=run.model_of, name=run.name or name, seeds=seeds)
-        return replace(own, sampling=run.sampling, unconditional=run.unconditional)
+        again = replace(trained, model_of=run.model_of, name=run.name or name, seeds=seeds)
+        return replace(again, sampling=run.sampling, unconditional=run.unconditional)
 
     def model(self, name: str, seed: int) -> Path:
         """Where a run's model of a seed is; of its first one, if it has not this one."""

@@ -158,6 +158,11 @@ def test_only_some_runs_and_what_they_stand_on(tmp_path: Path, monkeypatch: pyte
         ({"runs": {"a": {"model_of": "b"}}}, "no run is called b"),
         ({"runs": {**STUDY["runs"], "a": {"model_of": "dit"}}}, "goes with sampling"),
         (
+            {"runs": {**STUDY["runs"], "a": {"model_of": "dit", "sampling": [{}], "states_layer": -1}}},
+            "goes with sampling",
+        ),
+        ({"runs": {**STUDY["runs"], "a": {"like": "dit", "states_layer": -1}}}, "states_layer is of states"),
+        (
             {"runs": {**STUDY["runs"], "a": {"model_of": "dit", "sampling": [{}]}, "b": {"like": "a"}}},
             "b names a, which samples another run's models",
         ),

@@ -95,7 +95,8 @@ class TextGenerator:
     def generate(
         self, prompts: list[str], *, target_tokens: list[int], seeds: list[int], sampling: SamplingConfig | None = None
     ) -> list[str]:
-        """The continuation of each prompt ("" for a passage from nothing), `target_tokens[i]` tokens long.
+        """The continuation of each prompt ("" for a passage from nothing), `target_tokens[i]` tokens long, or at most,
+        by `sampling.length`. Without a `sampling` the model's own.
 
         Raises ValueError where the lists differ in length, ConfigError where the sampling does not fit the model."""
         if not len(prompts) == len(target_tokens) == len(seeds):
@@ -185,8 +186,10 @@ class TextGenerator:
         return shown
 
     def preview(self, seed: int) -> list[str]:
-        """A few short passages from nothing, as a training run shows them."""
-        return self.generate([""] * 4, target_tokens=[32] * 4, seeds=[seed + i for i in range(4)])
+        """A few short passages from nothing, as a training run shows them: of a length that is the same on all ranks,
+        in as many passes, whatever is written."""
+        sampling = replace(self.sampling, length="oracle", exit_margin=0.0)
+        return self.generate([""] * 4, target_tokens=[32] * 4, seeds=[seed + i for i in range(4)], sampling=sampling)
 
     def stream(
         self, prompt: str, *, target_tokens: int = 256, seed: int = 0, sampling: SamplingConfig | None = None

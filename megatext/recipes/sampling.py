@@ -42,22 +42,28 @@ class SamplingConfig:
     training's texts, which a one-shot model needs: it writes for the room it is given."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not 0 <= self.exit_margin <= 1:
-            raise ConfigError(
-                f"sampling: steps {self.steps} must be at least 1, exit_margin {self.exit_margin} a difference of two "
-                "probabilities, from 0 to 1"
-            )
+        low, high = self.guidance_interval
+        for name, fits, what in (
+            ("steps", self.steps >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("guidance_scale", self.guidance_scale >= 0, "at least 0"),
+            ("guidance_interval", 0 <= low <= high <= 1, "two timesteps, from 0 to 1"),
+            ("exit_margin", 0 <= self.exit_margin <= 1, "a difference of two probabilities, from 0 to 1"),
+            ("block_tokens", self.block_tokens >= 0, "at least 0"),
+        ):
+            if not fits:
+                raise ConfigError(f"sampling: {name} {getattr(self, name)}: has to be {what}")
 
 
 def check_sampling(sampling: SamplingConfig, flow: FlowConfig, where: str = "") -> None:
     """Raise ConfigError, naming the field below `where`, where a model of this process cannot be sampled so."""
     by_tokens = flow.objective == "token_cross_entropy"
     if sampling.temperature != 1.0 and not by_tokens:
-        raise ConfigError(f"{where}temperature needs a model that ends in token logits (objective token_cross_entropy)")
+        raise ConfigError(f"{where}temperature needs a model that ends in token logits; set it to 1")
     if sampling.solver == "ancestral" and not by_tokens:
-        raise ConfigError(f"{where}solver ancestral needs a model that ends in token logits (token_cross_entropy)")
+        raise ConfigError(f"{where}solver ancestral needs a model that ends in token logits; set it to euler")
     if sampling.history == "latents" and by_tokens:
-        raise ConfigError(f"{where}history latents is for models that end in latents; this one ends in tokens")
+        raise ConfigError(f"{where}history latents is for models that end in latents; set it to tokens")
     sizes = {flow.block_tokens, *flow.training_block_tokens}
     if sampling.block_tokens and (not flow.block_tokens or sampling.block_tokens not in sizes):
         trained = f"in blocks of {', '.join(map(str, sorted(sizes)))}" if flow.block_tokens else "in one shot"

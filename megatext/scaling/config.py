@@ -59,7 +59,7 @@ class System:
     loss: str = "validation_ema/loss"
     """The record of metrics.jsonl that is fitted."""
     sampling: tuple[dict[str, Any], ...] = ({},)
-    """How the finished models are sampled, for the evaluation."""
+    """How the finished models are sampled, for the evaluation; {}: as their own configuration says."""
 
 
 @dataclass(frozen=True)

@@ -264,9 +264,7 @@ class Plan:
         system, device, training = self.config.systems[name], self.config.device, config.training
         size = _get(to_dict(config), SYSTEMS[system.launcher][1])
         label = re.sub(r"[^a-z0-9.]+", "_", name.lower()) + f"-{size['width']}-{flops:.2g}".replace("+", "")
-        own = {key: value for key, value in to_dict(config).items() if key not in ("run_dir", "logging")}
-        identity = hashlib.sha256(json.dumps([own, sized.read], sort_keys=True).encode()).hexdigest()[:8]
-        label, epochs = f"{label}-{identity}", math.nan
+        label, epochs = f"{label}-{_identity(config, sized.read)}", math.nan
         if stream := stream_of(config):
             epochs = max(stream.epochs(config.max_steps * stream.plan(0).next_sample))
         speed = (device.peak_tflops or 0.0) * 1e12 * device.mfu
@@ -292,6 +290,15 @@ class Plan:
             memory_gib=sized.memory_gib,
             device_hours=rows * sized.flops.model / speed / 3600 if speed else None,
         )
+
+
+def _identity(config: RunConfig, read: dict[str, str]) -> str:
+    """Of what a run measures: its configuration, but for where it writes and how its model would, and what it reads."""
+    own = {key: value for key, value in to_dict(config).items() if key not in ("run_dir", "logging")}
+    for section in own.values():
+        if isinstance(section, dict):
+            section.pop("sampling", None)
+    return hashlib.sha256(json.dumps([own, read], sort_keys=True).encode()).hexdigest()[:8]
 
 
 def stream_of(config: RunConfig) -> TokenStream | None:

@@ -114,6 +114,8 @@ def test_infilling_keeps_what_is_given_and_depends_on_both_sides(generator: Text
     assert not torch.allclose(predicted[-1][0, -5:], predicted[-1][1, -5:], atol=1e-3)
     alone = generator.infill([[4, "the tree", 2]], seeds=[2], sampling=sampling)
     assert alone == texts[2:]
+    generator.sampling = sampling
+    assert generator.infill([[4, "the tree", 2]], seeds=[2]) == alone
     for pieces, message in (([PROMPTS[0]], "without a gap"), ([PROMPTS[0], "", 3], "empty piece")):
         with pytest.raises(ConfigError, match=message):
             generator.infill([pieces], seeds=[0])

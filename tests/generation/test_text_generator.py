@@ -1,5 +1,6 @@
 """Generation: a text is a function of its own prompt, length and seed, and survives export."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,19 @@ def test_a_model_writes_as_its_description_says_where_a_call_does_not(
     assert len(generator.trace("the cat")) == 3
     streamed = "".join(generator.stream("the cat", target_tokens=9, seed=3))
     assert streamed == generator.generate(["the cat"], **asked, sampling=replace(own, length="eos"))[0]
+    asked = {"target_tokens": [32] * 4, "seeds": [5, 6, 7, 8]}
+    assert generator.preview(5) == generator.generate([""] * 4, **asked)
+    # a training knows no lengths, and its ranks write together: as many tokens and passes, whatever is written
+    generator.sampling = replace(own, length="sampled", exit_margin=1e-6)
+    assert generator.preview(5) == generator.generate([""] * 4, **asked, sampling=own)
+
+
+def test_an_export_that_says_nothing_of_sampling(tmp_path: Path, tokenizer_directory: Path) -> None:
+    directory = export(tmp_path, tokenizer_directory, "one_shot")
+    described = json.loads((directory / "config.json").read_text())
+    del described["config"]["sampling"]
+    (directory / "config.json").write_text(json.dumps(described))
+    assert TextGenerator.from_pretrained(directory).sampling == SamplingConfig()
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])

@@ -215,6 +215,9 @@ def test_other_systems_and_what_they_stand_on(
         expected = [run.width, *(max(1, round(run.width * own[key] / own["width"])) for key in ("layers", "heads"))]
         assert [part.width, part.layers, part.heads] == expected == [run.width, run.layers, run.heads]
     assert plan.runs[0].parameters < plan.runs[1].parameters
+    otherwise = {**settings, f"{SYSTEMS[launcher][1].split('.')[0]}.sampling.steps": 3}  # written so, trained the same
+    again = Plan(write_plan(tmp_path, shards, **changes, set=otherwise))
+    assert [run.name for run in again.runs] == [run.name for run in plan.runs]
     with pytest.raises(ConfigError, match=f"runs/quickstart/models/{absent}: not there yet. The above presumes"):
         plan.refuse_what_does_not_fit()
 
