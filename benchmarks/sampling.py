@@ -128,7 +128,7 @@ def main() -> None:
     prefix = textdit(options, FlowConfig(objective="x0", attention="prefix"))
     joint = ldlm(options, model)
     default = FlowConfig(objective="token_cross_entropy", token_likelihood=True)
-    of = {tokens: textdit(options, replace(default, block_tokens=tokens)) for tokens in (16, 2, 1)}
+    of = {tokens: textdit(options, replace(default, block_tokens=tokens)) for tokens in (16, 4, 2, 1)}
     runs = {"AR, KV cache": autoregressive(options, model)}
     for steps in options.steps:
         runs[f"one shot, {steps} steps"] = diffusion(options, full, steps)
@@ -138,8 +138,9 @@ def main() -> None:
     runs[f"one shot, {steps} steps, cached context, guidance"] = diffusion(options, prefix, steps, guidance_scale=2.0)
     runs["blocks of 16, 8 steps"] = diffusion(options, of[16], 8)
     runs["blocks of 2, 2 steps"] = diffusion(options, of[2], 2, solver="ancestral")
-    runs["blocks of 2, 2 steps, guidance"] = diffusion(options, of[2], 2, solver="ancestral", guidance_scale=2.0)
-    runs["blocks of 1, 1 step"] = diffusion(options, of[1], 1, solver="ancestral")
+    for tokens in (4, 2, 1):
+        runs[f"blocks of {tokens}, 1 step"] = diffusion(options, of[tokens], 1, solver="ancestral")
+    runs["blocks of 2, 1 step, guidance"] = diffusion(options, of[2], 1, solver="ancestral", guidance_scale=2.0)
     seconds = {name: 1 / rate for name, rate in best_of(runs, options.repeats).items()}
     ar = seconds["AR, KV cache"]
     rows = [[name, f"{s:.2f}", f"{ar / s:.2f} x"] for name, s in seconds.items()]
