@@ -17,6 +17,7 @@ from megatext.generation.lengths import draw_target_tokens, read_lengths
 from megatext.generation.likelihood import Likelihood, LikelihoodConfig, log_likelihood
 from megatext.generation.noise import Noise, Request, draw_tokens
 from megatext.nn.layout import Layout
+from megatext.nn.packed import pack_linears
 from megatext.nn.text_vae import TextVAE
 from megatext.recipes import cola_format
 from megatext.recipes.denoiser import TextDiTTraining, make_denoiser
@@ -90,7 +91,9 @@ class TextGenerator:
         module.network.to(device=device, dtype=dtype).eval().requires_grad_(False)
         if module.table is not None:
             module.table = module.table.to(device)
-        return TextGenerator(module, vae.to(device), tokenizer, sampling)
+        for part in (module.network, vae.to(device)):
+            pack_linears(part)
+        return TextGenerator(module, vae, tokenizer, sampling)
 
     def generate(
         self, prompts: list[str], *, target_tokens: list[int], seeds: list[int], sampling: SamplingConfig | None = None
