@@ -1,5 +1,8 @@
 """Packed linear layers are linear layers."""
 
+import pickle
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -28,6 +31,23 @@ def test_gradients_are_those_of_the_weights() -> None:
     layer(x).sum().backward()
     assert x.grad is not None
     torch.testing.assert_close(x.grad, layer.weight.sum(dim=0).expand(4, 6))
+
+
+def test_what_becomes_of_a_packed_layer() -> None:
+    """Copied, pickled, given other weights, moved or cast it is still the layer of its weights."""
+    layer, x = nn.Linear(6, 3), torch.randn(4, 6)
+    expected = layer(x).detach()
+    pack_linears(layer)
+    other = nn.Linear(6, 3)
+    with torch.no_grad():
+        for copy in (deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert isinstance(copy, PackedLinear)
+            torch.testing.assert_close(copy(x), expected)
+        layer.load_state_dict(other.state_dict())
+        torch.testing.assert_close(layer(x), other(x))
+        cast = layer.to(torch.float64)
+        assert type(cast) is nn.Linear
+        torch.testing.assert_close(cast(x.double()).float(), other(x))
 
 
 def test_only_what_can_be_packed() -> None:
