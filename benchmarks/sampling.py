@@ -81,6 +81,13 @@ def textdit(options: argparse.Namespace, flow: FlowConfig) -> TextGenerator:
         role_embedding=not tokens_out,
     )
     module = make_denoiser(network, flow, vae, frozen=True)
+    return loaded(options, module, vae)
+
+
+def loaded(options: argparse.Namespace, module: Any, vae: Any) -> TextGenerator:
+    """As an export is loaded; with --unpacked as a training has it, its linear layers as they are."""
+    if options.unpacked:
+        return TextGenerator(module.eval(), vae, TOKENIZER, SamplingConfig())
     return TextGenerator._on(module, vae, TOKENIZER, SamplingConfig(), options.device, options.dtype)
 
 
@@ -94,7 +101,7 @@ def ldlm(options: argparse.Namespace, model: Any) -> TextGenerator:
     network = TextDiTConfig(trunk=trunk(options, options.layers), self_conditioning=True, role_embedding=False)
     flow = FlowConfig(path="tan-3", objective="x0", self_conditioning_probability=0.5)
     module = make_denoiser(network, flow, autoencoder, frozen=True)
-    return TextGenerator._on(module, vae, TOKENIZER, SamplingConfig(), options.device, options.dtype)
+    return loaded(options, module, vae)
 
 
 def diffusion(
@@ -120,6 +127,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--unpacked", action="store_true", help="on a CPU: without packed weights, to compare")
     options = parser.parse_args()
     options.dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     torch.manual_seed(0)

@@ -8,12 +8,11 @@ from typing import Any, get_args, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatext.config import cli_errors
+from megatext.config import ConfigError, cli_errors, from_dict, to_dict
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Options of the call, and every field of SamplingConfig under its own name; None: as the model says."""
-    from megatext.config import to_dict
     from megatext.recipes.sampling import SamplingConfig
 
     parser = argparse.ArgumentParser(
@@ -47,7 +46,6 @@ def main(argv: list[str]) -> None:
     with cli_errors():
         import torch
 
-        from megatext.config import ConfigError, from_dict, to_dict
         from megatext.generation import SamplingConfig, TextGenerator
 
         given = {name: getattr(options, name) for name in to_dict(SamplingConfig())}

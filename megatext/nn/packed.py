@@ -21,7 +21,8 @@ class PackedLinear(nn.Linear):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        """As nn.Linear, up to rounding. One row alone is faster on the weights as they are."""
+        """x float32 `[..., in_features]` -> `[..., out_features]`, as nn.Linear up to rounding. One row alone is faster
+        on the weights as they are."""
         if torch.is_grad_enabled() or x.numel() == x.shape[-1] or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")

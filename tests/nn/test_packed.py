@@ -9,6 +9,8 @@ from torch import nn
 
 from megatext.nn.packed import PackedLinear, pack_linears
 
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(24,), (1, 24), (2, 24), (3, 5, 24), (70, 24), (0, 24), (2, 0, 24)])
@@ -52,7 +54,7 @@ def test_what_becomes_of_a_packed_layer() -> None:
 
 def test_only_what_can_be_packed() -> None:
     class Own(nn.Linear):
-        pass
+        """Has a forward of its own, for all that is known."""
 
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).to(torch.bfloat16), Own(4, 4), nn.LayerNorm(4))
     pack_linears(module)
