@@ -61,7 +61,11 @@ def test_ranks_equal_one_process(stage: str, world: int, alone: tuple[Path, dict
         first, second = ([r["loss"] for r in records(d / name) if "loss" in r] for d in (directory, tmp_path))
         assert len(first) == 4 and first == pytest.approx(second, rel=1e-5), name
         previews = [[p.read_text() for p in sorted((d / name / "samples").glob("*"))] for d in (directory, tmp_path)]
-        assert previews[0] == previews[1], name
+        passages = [[text.split("\n\n----\n\n") for text in texts] for texts in previews]
+        assert len(passages[0]) == len(passages[1]), name
+        # Weights differ by rounding, and a token drawn near the border of two takes what follows it along.
+        for one, several in zip(*passages, strict=True):
+            assert len(one) == len(several) and sum(map(str.__ne__, one, several)) <= 1, name
     if "ldlm" in names:  # every rank's losses have come together in its sampler
         readers = [checkpoint.Reader(checkpoint.checkpoint_path(d / "ldlm", 4)) for d in (directory, tmp_path)]
         for key in ("probabilities", "loss_sum", "loss_count"):
