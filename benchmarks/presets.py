@@ -2,8 +2,8 @@
 
 The trainer's steps of each preset at its own sizes, but for the rows of a step (one micro-batch), on shards of random
 tokens; a TextDiT on random weights of the autoencoder of `--vae`, an autoencoder without its teacher's states. Tokens a
-second; MFU by the model's FLOPs against the vendor's dense bf16 peak (a matrix product's best beside it); memory; and the
-GPU-hours of the preset's steps at this speed.
+second; MFU by the model's FLOPs against the vendor's dense bf16 peak (a matrix product's is in the last line); memory;
+and the GPU-hours of the preset's steps at this speed.
 """
 
 import argparse

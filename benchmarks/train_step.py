@@ -181,12 +181,12 @@ def plain_loop(config: RunConfig, processes: Processes, compiled: bool = False) 
     config = with_precision(config, processes)
     recipe = build_recipe(config)
     module = recipe.module.to(processes.device)
-    recipe.to(processes.device)
+    bf16 = config.training.precision == "bf16"
+    recipe.to(processes.device, torch.bfloat16 if bf16 else torch.float32)
     trainer = make_trainer(config, None, processes)  # for its batches only
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, fused=True)
     if compiled:
         module.compile(dynamic=False)
-    bf16 = config.training.precision == "bf16"
 
     def run(steps: int = config.max_steps - WARMUP) -> float:
         tokens, started = 0, time.perf_counter()

@@ -79,8 +79,8 @@ class Recipe(ABC):
         """What a person should be told of the figures of a log line."""
         return []
 
-    def to(self, device: torch.device) -> None:
-        """Move frozen networks to the device; the engine moves `module`."""
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move frozen networks to the device, their weights in what `module` computes in; the engine moves `module`."""
 
     def finish(self, batches: list[TokenBatch]) -> dict[str, float]:
         """Called by every rank once after the last step with held-out batches: measure what the exported model

@@ -40,6 +40,7 @@ from megatext.recipes.noisy_rows import TwoStreams, cut_segments, two_streams
 from megatext.recipes.pretrained import (
     is_text_vae,
     load_text_vae,
+    move_frozen,
     text_vae_config,
     weights_hash,
     write_model,
@@ -160,8 +161,8 @@ class ColaDLMRecipe(Recipe):
         if self.module.vae is not None:
             self.module.vae.load_state_dict(self.reference.state_dict())
 
-    def to(self, device: torch.device) -> None:
-        self.reference.to(device)
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        move_frozen(self.reference, device, dtype)
 
     def loss_weights(self, step: int) -> dict[str, float]:
         c = self.config

@@ -49,7 +49,7 @@ from megatext.recipes.hidden_autoencoder import (
     write_hidden_autoencoder,
 )
 from megatext.recipes.noisy_rows import OneShot, check_rows, cut_segments, one_shot, pad_with_ends
-from megatext.recipes.pretrained import weights_hash, write_model
+from megatext.recipes.pretrained import move_frozen, weights_hash, write_model
 from megatext.recipes.sampling import SamplingConfig
 from megatext.recipes.text_dit import TextDiTRecipeConfig
 from megatext.recipes.text_vae import TeacherStatistics, latent_health
@@ -238,9 +238,9 @@ class LDLMRecipe(Recipe):
         autoencoder.hidden_std.copy_(self.statistics.std.clamp(min=1e-6))
         autoencoder.measure(autoencoder.standardise(states), layout)
 
-    def to(self, device: torch.device) -> None:
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
         if self.teacher is not None:
-            self.teacher.model.to(device, torch.float32 if device.type == "cpu" else torch.bfloat16)
+            move_frozen(self.teacher.model, device, dtype)
 
     def loss_weights(self, step: int) -> dict[str, float]:
         weights = {name: self.config.flow_weight * weight for name, weight in self.flow.loss_weights(step).items()}

@@ -39,7 +39,14 @@ from megatext.recipes.noisy_rows import (
     pad_with_ends,
     two_streams,
 )
-from megatext.recipes.pretrained import is_text_vae, load_text_vae, text_vae_config, weights_hash, write_model
+from megatext.recipes.pretrained import (
+    is_text_vae,
+    load_text_vae,
+    move_frozen,
+    text_vae_config,
+    weights_hash,
+    write_model,
+)
 from megatext.recipes.sampling import SamplingConfig
 from megatext.recipes.warm_start import load_language_model
 from megatext.tokenizer import load_tokenizer
@@ -92,8 +99,8 @@ class TextDiTRecipe(Recipe):
             load_language_model(self.module.network, config.dit.warm_start, self.tokenizer_fingerprint)
             self.built_on["dit.warm_start"] = weights_hash(config.dit.warm_start)
 
-    def to(self, device: torch.device) -> None:
-        self.vae.to(device)
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        move_frozen(self.vae, device, dtype)
         if self.module.table is not None:
             self.module.table = self.module.table.to(device)
 

@@ -202,7 +202,7 @@ class TextVAERecipe(Recipe):
             self.module, lambda name, p: torch.randn(p.shape, generator=rng.generator(self.seed, f"init/{name}"))
         )
 
-    def to(self, device: torch.device) -> None:
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
         if self.teacher is not None:
             self.teacher = self.teacher.to(device)
 

@@ -118,12 +118,15 @@ def first_bad_tensor(
 
 @contextmanager
 def uncompiled(module: nn.Module) -> Iterator[None]:
-    """Inside, a module that torch.compile was called on runs as it was written."""
-    compiled, module._compiled_call_impl = module._compiled_call_impl, None
+    """Inside, what torch.compile was called on in a module runs as it was written."""
+    compiled = {part: part._compiled_call_impl for part in module.modules() if part._compiled_call_impl is not None}
+    for part in compiled:
+        part._compiled_call_impl = None
     try:
         yield
     finally:
-        module._compiled_call_impl = compiled
+        for part, call in compiled.items():
+            part._compiled_call_impl = call
 
 
 def _finite(tensor: Tensor) -> bool:

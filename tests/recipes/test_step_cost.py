@@ -164,7 +164,7 @@ def test_a_step_does_not_wait_for_the_gpu(name: str, shards: Path, tmp_path: Pat
     config, device = configuration(name, shards, tmp_path, vaes), torch.device("cuda")
     recipe: Recipe = build_recipe(config)
     recipe.module.to(device)
-    recipe.to(device)
+    recipe.to(device, torch.float32)
     batch = batch_of(config)
     for step in range(3):  # the first may compile and allocate
         torch.cuda.set_sync_debug_mode("error" if step else "default")
