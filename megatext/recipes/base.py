@@ -80,7 +80,8 @@ class Recipe(ABC):
         return []
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move frozen networks to the device, their weights in what `module` computes in; the engine moves `module`."""
+        """Move frozen networks to the device and their weights to `dtype`, in which `module` computes, which the engine
+        moves."""
 
     def finish(self, batches: list[TokenBatch]) -> dict[str, float]:
         """Called by every rank once after the last step with held-out batches: measure what the exported model
@@ -97,3 +98,11 @@ class Recipe(ABC):
     def export(self, state_dict: dict[str, Tensor], output: Path) -> None:
         """Write a self-contained model directory (config.json, model.safetensors, tokenizer) from fp32 weights
         of `module`. CPU only, no DeepSpeed."""
+
+
+def move_frozen(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Move a frozen network; its weights take `dtype`, its buffers (statistics, rotary tables) would not survive it and
+    keep theirs."""
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(device, dtype)
+    network.to(device)

@@ -25,7 +25,7 @@ from megatext.nn.blocks import TrunkConfig, initialise
 from megatext.nn.dit import TextDiTConfig
 from megatext.nn.layout import Layout
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
-from megatext.recipes.base import Output, Pass, Prepared, Recipe
+from megatext.recipes.base import Output, Pass, Prepared, Recipe, move_frozen
 from megatext.recipes.denoiser import (
     TextDiTTraining,
     best_without_input,
@@ -40,7 +40,6 @@ from megatext.recipes.noisy_rows import TwoStreams, cut_segments, two_streams
 from megatext.recipes.pretrained import (
     is_text_vae,
     load_text_vae,
-    move_frozen,
     text_vae_config,
     weights_hash,
     write_model,

@@ -30,7 +30,7 @@ from megatext.nn.blocks import initialise
 from megatext.nn.dit import TextDiTConfig
 from megatext.nn.layout import PADDING, Layout
 from megatext.nn.perceiver import LatentAutoencoder, LatentAutoencoderConfig
-from megatext.recipes.base import Output, Pass, Prepared, Recipe
+from megatext.recipes.base import Output, Pass, Prepared, Recipe, move_frozen
 from megatext.recipes.denoiser import (
     TextDiTTraining,
     best_without_input,
@@ -49,7 +49,7 @@ from megatext.recipes.hidden_autoencoder import (
     write_hidden_autoencoder,
 )
 from megatext.recipes.noisy_rows import OneShot, check_rows, cut_segments, one_shot, pad_with_ends
-from megatext.recipes.pretrained import move_frozen, weights_hash, write_model
+from megatext.recipes.pretrained import weights_hash, write_model
 from megatext.recipes.sampling import SamplingConfig
 from megatext.recipes.text_dit import TextDiTRecipeConfig
 from megatext.recipes.text_vae import TeacherStatistics, latent_health

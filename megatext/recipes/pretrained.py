@@ -6,21 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatext.config import ConfigError, from_dict, to_dict
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
 from megatext.recipes import cola_format
 from megatext.tokenizer import Tokenizer, load_tokenizer
-
-
-def move_frozen(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Move a frozen network; its weights take `dtype`, its buffers, statistics and rotary tables, keep theirs."""
-    module.to(device)
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
 
 
 def weights_hash(directory: str | Path) -> str:

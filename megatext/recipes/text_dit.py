@@ -18,7 +18,7 @@ from megatext.nn.blocks import TrunkConfig, initialise
 from megatext.nn.dit import TextDiTConfig
 from megatext.nn.layout import Layout
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
-from megatext.recipes.base import Pass, Prepared, Recipe
+from megatext.recipes.base import Pass, Prepared, Recipe, move_frozen
 from megatext.recipes.denoiser import (
     TextDiTTraining,
     best_without_input,
@@ -39,14 +39,7 @@ from megatext.recipes.noisy_rows import (
     pad_with_ends,
     two_streams,
 )
-from megatext.recipes.pretrained import (
-    is_text_vae,
-    load_text_vae,
-    move_frozen,
-    text_vae_config,
-    weights_hash,
-    write_model,
-)
+from megatext.recipes.pretrained import is_text_vae, load_text_vae, text_vae_config, weights_hash, write_model
 from megatext.recipes.sampling import SamplingConfig
 from megatext.recipes.warm_start import load_language_model
 from megatext.tokenizer import load_tokenizer

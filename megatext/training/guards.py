@@ -118,7 +118,7 @@ def first_bad_tensor(
 
 @contextmanager
 def uncompiled(module: nn.Module) -> Iterator[None]:
-    """Inside, what torch.compile was called on in a module runs as it was written."""
+    """Inside, the parts of a module that torch.compile was called on run as they were written."""
     compiled = {part: part._compiled_call_impl for part in module.modules() if part._compiled_call_impl is not None}
     for part in compiled:
         part._compiled_call_impl = None

@@ -25,7 +25,7 @@ class TrainingConfig:
     """Decays of averages of the weights, warmed up from 0.1, each 4 bytes a parameter over all ranks. The first is used
     for previews and exports, `launch/export.py --ema DECAY` exports another; [] keeps none."""
     compile: bool = False
-    """torch.compile its transformer blocks; ignored under ZeRO-3 and without a C++ compiler."""
+    """torch.compile the transformer blocks; ignored under ZeRO-3 and without a C++ compiler."""
     validation_every_steps: int = 0
     """Steps between validations, each with previews; 0 validates only at the end."""
     validation_batches: int = 1

@@ -76,8 +76,8 @@ def with_precision(config: RunConfig, processes: Processes) -> RunConfig:
 
 
 def compiled_parts(module: nn.Module) -> list[nn.Module]:
-    """Its transformer blocks, one by one: they are alike, so that one is compiled for all, in seconds where a whole
-    network takes minutes, and what is round them gains little."""
+    """Its transformer blocks: alike as they are, one is compiled for all, in seconds where a deep network as a whole
+    takes minutes."""
     names = re.compile(r"(^|\.)(blocks|layers)\.\d+$")
     return [part for name, part in module.named_modules() if names.search(name)]
 
@@ -399,8 +399,11 @@ class Trainer:
         elif on_cpu and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
             self.logger.say("training.compile: no C++ compiler found, running uncompiled")
         else:
-            for block in compiled_parts(self.recipe.module):
-                block.compile(dynamic=False)
+            parts = compiled_parts(self.recipe.module)
+            if not parts:
+                self.logger.say('training.compile: the module has no blocks, no list called "blocks" or "layers"')
+            for part in parts:
+                part.compile(dynamic=False)
 
     def _tell_memory(self) -> None:
         training, world, measured = self.config.training, self.processes.world, self.state_meter.stop()

@@ -22,9 +22,10 @@ from megatext.recipes.pretrained import write_model
 from megatext.recipes.text_vae import PretrainVAEConfig
 from megatext.training.engine import import_deepspeed, start_processes
 from megatext.training.estimate import row_flops
+from megatext.training.guards import uncompiled
 from megatext.training.metrics import Meter
 from megatext.training.run_config import RunConfig
-from megatext.training.trainer import Trainer
+from megatext.training.trainer import Trainer, compiled_parts
 from tests.processes import REPOSITORY
 from tests.recipes.systems import COMMON, KINDS, SYSTEMS, on_vae, write_cola_vae
 
@@ -155,6 +156,40 @@ def test_a_step_does_not_wait_for_the_device(name: str, shards: Path, tmp_path: 
             trainer.train_step(batches, Meter())
         assert [place for place in waits.places if "_votes_to_stop" not in place] == []
         assert any("_votes_to_stop" in place for place in waits.places)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_compiled_blocks_compute_the_same(name: str, shards: Path, tmp_path: Path, vaes: dict[str, str]) -> None:
+    """Every block of every recipe is compiled (traced, not turned into machine code, which takes a minute), and few
+    enough variants of it for torch to keep them all; and `uncompiled` runs none of it."""
+    config = configuration(name, shards, tmp_path, vaes)
+    recipe, batch = build_recipe(config), batch_of(config)
+
+    def gradients(step: int) -> list[torch.Tensor]:
+        item = recipe.prepare(batch, step=step)
+        recipe.module.zero_grad()
+        torch.stack(list(recipe.module(**item.inputs).loss_sums.values())).sum().backward()
+        return [p.grad for p in recipe.module.parameters() if p.grad is not None]
+
+    steps = range(4)  # with and without self-conditioning
+    plain = [[g.clone() for g in gradients(step)] for step in steps]
+    parts = compiled_parts(recipe.module)
+    assert parts == [m for m in recipe.module.modules() if type(m).__name__ in ("Block", "Qwen3DecoderLayer")]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for part in parts:
+            part.compile(dynamic=False, backend="aot_eager")
+        for step in steps:
+            for mine, theirs in zip(gradients(step), plain[step], strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    traced = torch._dynamo.utils.counters["frames"]["ok"]
+    assert traced > 0
+    torch._dynamo.reset()
+    with uncompiled(recipe.module):
+        gradients(0)
+    assert torch._dynamo.utils.counters["frames"]["ok"] == traced
+    assert all(part._compiled_call_impl is not None for part in parts)
 
 
 @pytest.mark.gpu
