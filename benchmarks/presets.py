@@ -18,7 +18,7 @@ import torch
 from common import documents, report, write_shards
 from train_step import make_trainer, matrix_product_flops, run_steps
 
-from megatext.config import from_dict, read_yaml
+from megatext.config import ConfigError, from_dict, read_yaml
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
 from megatext.recipes import config_class, meta_module
 from megatext.recipes.pretrained import write_model
@@ -34,6 +34,8 @@ WARMUP = 2
 def configuration(preset: Path, options: argparse.Namespace, folder: Path) -> Any:
     """A preset on the benchmark's shards and autoencoder, with one micro-batch a step."""
     content = read_yaml(preset)
+    if not {"dit", "vae"} & set(content):
+        raise ConfigError(f"{preset}: neither a TextDiT's preset nor a TextVAE's")
     content["data"] |= {"shards": str(folder / "shards"), "hidden_states": None}
     rows = options.rows or content["training"]["micro_batch_rows"]
     content["training"] |= {"rows_per_step": rows, "micro_batch_rows": rows, "validation_batches": 0}
@@ -95,7 +97,7 @@ def main() -> None:
         for preset in options.presets:
             figures[preset.stem] = measure(preset, options, folder, processes)
             print(json.dumps({preset.stem: figures[preset.stem]}), file=sys.stderr, flush=True)
-            gc.collect()  # an engine holds itself, and would count in the next one's memory
+            gc.collect()  # cycles would keep an engine, and count in the next one's memory
             torch.cuda.empty_cache()
     rows = [
         [name, f"{f['rows']}", f"{f['tokens_per_second']:,.0f}", f"{f['model_tflops']:.0f}"]
