@@ -30,6 +30,8 @@ class Generated:
     """Hash of the model directory; None for rows without one."""
     started_from: str | None
     """Hash of the model its training started from; None where it started from random weights."""
+    sampled_by: dict[str, Any] | None
+    """All that it sampled by, where `entry.sampling` has what its row says; None where nothing tells."""
     training_flops: float | None
     """Of its training and of all that it stands on."""
     manifest: str
@@ -107,6 +109,7 @@ def generate(manifest: Manifest, entry: SystemEntry, settings: Settings) -> Gene
         fingerprint=system.fingerprint(),
         weights=system.weights,
         started_from=system.started_from,
+        sampled_by=system.sampled_by,
         training_flops=system.training_flops,
         manifest=manifest.hash,
         seed=settings.seed,

@@ -21,7 +21,7 @@ from evaluation.manifest import Manifest, load_manifest
 from megatext.config import ConfigError
 from megatext.data import DataError
 
-SCHEMA = 4
+SCHEMA = 5
 METRICS = ("rouge", "bertscore", "mauve", "perplexity", "diversity")
 
 
@@ -235,6 +235,7 @@ def _row(scoring: Any, i: int, judge: str | None) -> dict[str, Any]:
         "name": item.entry.name,
         "system": item.entry.system,
         "sampling": item.entry.sampling,
+        "sampled_by": item.sampled_by,
         "group": item.entry.group,
         "dtype": item.entry.dtype,
         "batch_size": item.entry.batch_size,

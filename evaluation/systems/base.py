@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import megatext
 from evaluation.files import hash_of_code
@@ -85,6 +85,8 @@ class System(ABC):
     """hash_of_model of the directory; None without one."""
     started_from: str | None = None
     """weights_hash of the model that this one's training started from; None where it started from random weights."""
+    sampled_by: dict[str, Any] | None = None
+    """All that it samples by, what its row left to defaults or to the model too; None where nothing tells."""
     training_flops: float | None = None
     """Of its training and of all that it stands on, where an export tells them."""
     timed: bool = True

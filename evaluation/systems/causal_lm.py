@@ -48,6 +48,7 @@ class CausalLM(System):
         self.weights = hash_of_model(directory)
         self.training_flops = total_flops(directory)
         self._directory, self._sampling, self._dtype, self._device = directory, sampling, dtype, device
+        self.sampled_by = asdict(sampling)
 
     def fingerprint(self) -> str:
         return hash_of(["hf", self.weights, asdict(self._sampling), self._dtype, writing_code(Path(__file__))])

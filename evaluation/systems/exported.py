@@ -51,6 +51,7 @@ class TextDiffusion(System):
         self._directory, self._device, self._dtype = directory, device, dtype
         own: dict[str, Any] = described.get("config", {}).get("sampling", {})
         self._sampling = from_dict(SamplingConfig, sampling or own, where=where)
+        self.sampled_by = {key: value for key, value in asdict(self._sampling).items() if key != "length"}
 
     def fingerprint(self) -> str:
         code = _library_hash("generation", "flow", "nn", "recipes")

@@ -295,8 +295,9 @@ def test_model_writes_through_the_text_generator(
     described = {"kind": "text_dit", "config": {"sampling": {"steps": 6}}}
     (model / "config.json").write_text(json.dumps(described))
     for row, expected in (({}, SamplingConfig(6)), ({"temperature": 0.5}, SamplingConfig(8, 0.5))):
-        generate(manifest, SystemEntry("dit", f"model:{model}", row), settings)
+        written = generate(manifest, SystemEntry("dit", f"model:{model}", row), settings)
         assert calls[-1]["sampling"] == expected
+        assert written.sampled_by == {"steps": expected.steps, "temperature": expected.temperature}
     with pytest.raises(ConfigError, match="system dit, sampling: .*did you mean 'steps'"):
         generate(manifest, SystemEntry("dit", f"model:{model}", {"stepz": 4}), settings)
     with pytest.raises(ConfigError, match="one rule for all systems"):

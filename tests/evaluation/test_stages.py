@@ -58,6 +58,8 @@ def test_run(
     by_name = {system["name"]: system for system in results["systems"]}
     assert list(by_name) == ["human", "shuffled", "other", "nothing", "AR", "AR cool"]
     check_sanity_rows({name: system["metrics"] for name, system in by_name.items()})
+    whole_sampling = {"temperature": 0.5, "top_k": 0, "top_p": 1.0, "guidance_scale": 1.0}
+    assert by_name["AR cool"]["sampled_by"] == whole_sampling and by_name["human"]["sampled_by"] is None
     assert by_name["AR"]["is_judge"] and not by_name["other"]["is_judge"]
     rouge = by_name["AR"]["metrics"]["rouge1"]
     assert rouge["n"] == 20 and rouge["spread"] > 0 and rouge["ci95"][0] <= rouge["value"] <= rouge["ci95"][1]
