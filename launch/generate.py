@@ -13,6 +13,7 @@ from megatext.config import ConfigError, cli_errors, from_dict, to_dict
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Options of the call, and every field of SamplingConfig under its own name; None: as the model says."""
+    from megatext.config_help import field_docs
     from megatext.recipes.sampling import SamplingConfig
 
     parser = argparse.ArgumentParser(
@@ -30,8 +31,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the first sample; the next ones follow")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; default: a GPU where there is one")
     group = parser.add_argument_group("sampling", "what is not given is as the model's config.json says")
+    docs = field_docs(SamplingConfig)
     for name, default in to_dict(SamplingConfig()).items():
-        says = f"{default} where it says nothing"
+        says = f"{docs[name]} ({default} where it says nothing)"
         if isinstance(default, list):
             group.add_argument(f"--{name}", type=float, nargs=2, metavar=("LOW", "HIGH"), help=says)
         else:

@@ -70,7 +70,7 @@ def load_config(cls: type[T], argv: list[str]) -> tuple[T, Flags]:
                 raise ConfigError(f"--{name}: a value is missing") from None
         (own if name in ("config", "deepspeed_config", "local_rank") else overrides)[name] = value
     if "config" not in own:
-        raise ConfigError("--config FILE is required (presets are in launch/configs/)")
+        raise ConfigError("--config FILE is required (presets are in launch/configs/; --help lists all keys)")
     path = Path(own["config"])
     data = read_yaml(path)
     for name, value in overrides.items():

@@ -1,10 +1,13 @@
 """The program behind every launch/pretrain_*.py: read the configuration, build its recipe, train; or tell the cost."""
 
 import dataclasses
+import os
+import sys
 import tempfile
 from pathlib import Path
 
 from megatext.config import cli_errors, load_config
+from megatext.config_help import usage
 from megatext.data.remote import local_folder
 from megatext.data.shards import TOKENIZER_FOLDER
 from megatext.recipes import build_recipe, config_class, needed_by
@@ -14,6 +17,10 @@ from megatext.training.run_config import RunConfig
 
 def launch(config_name: str, argv: list[str]) -> None:
     """Train what `argv` configures, a `config_name` of the registry of recipes. Every process of the run calls it."""
+    if {"-h", "--help"} & set(argv):
+        if os.environ.get("RANK", "0") == "0":
+            print(usage(Path(sys.argv[0]).name, config_class(config_name)))
+        return
     with cli_errors():
         config, flags = load_config(config_class(config_name), argv)
         if flags.dry_run:

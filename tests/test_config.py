@@ -1,15 +1,21 @@
 """Configuration: what is read, and what is said about what cannot be read."""
 
+import dataclasses
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_type_hints
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatext.config import ConfigError, cli_errors, from_dict, load_config, save_yaml, to_dict
+from megatext.config_help import usage
 from megatext.data import DataError
+from megatext.recipes import config_class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,3 +143,53 @@ def test_programs_end_in_one_line(error: Exception, line: str, capsys: pytest.Ca
         raise error
     assert caught.value.code == 1
     assert capsys.readouterr().err == f"error: {line}\n"
+
+
+def keys_of(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key of a configuration to its default, by the dataclasses alone."""
+    found: dict[str, Any] = {}
+    for key in dataclasses.fields(cls):
+        hint = get_type_hints(cls)[key.name]
+        if dataclasses.is_dataclass(hint):
+            if key.default_factory is not dataclasses.MISSING:
+                assert key.default_factory() == hint(), (
+                    f"{prefix}{key.name}: said in part it has other defaults than whole"
+                )
+            found |= keys_of(hint, f"{prefix}{key.name}.")  # type: ignore[arg-type]
+        elif key.init:
+            default = key.default if key.default_factory is dataclasses.MISSING else key.default_factory()
+            found[prefix + key.name] = default
+    return found
+
+
+@pytest.mark.parametrize("recipe", ["LM", "VAE", "DiT", "Cola", "LDLM"])
+def test_help_tells_every_key_its_default_and_its_text(recipe: str) -> None:
+    cls = config_class(f"Pretrain{recipe}Config")
+    text = usage("pretrain_x.py", cls)
+    lines = text.splitlines()
+    for key, default in keys_of(cls).items():
+        if key == "data.more_sources":  # of several sections, told below it
+            continue
+        (at,) = [i for i, line in enumerate(lines) if line.startswith(f"  --{key} ")]
+        shown = lines[at].rpartition(", " if not isinstance(default, tuple) else ", [")[2].strip("]")
+        if default is dataclasses.MISSING:
+            assert shown == "needed"
+        elif isinstance(default, tuple):
+            assert shown == ", ".join(map(str, default))
+        else:
+            assert yaml.safe_load(shown) == default or float(shown) == default
+        assert lines[at + 1].startswith("      ") and lines[at + 1].strip()
+    assert "  data.more_sources[].shards str, needed" in lines
+    assert "  --training.precision auto|bf16|fp32, auto" in lines
+
+
+def test_a_launcher_tells_its_help() -> None:
+    root = Path(__file__).resolve().parent.parent
+    found = subprocess.run(
+        [sys.executable, root / "launch/pretrain_dit.py", "--help"], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.startswith("usage: deepspeed launch/pretrain_dit.py --config FILE")
+    assert (
+        "  --dit.flow.objective velocity|x0|token_cross_entropy, velocity\n      What the network predicts"
+        in found.stdout
+    )

@@ -72,8 +72,8 @@ class AdaptiveTimestepConfig:
     """Adaptive timestep sampling (LDLM section 5.3; time warping, CDCD arXiv 2211.15089): t is drawn where the loss
     changes, so that it is linear in the drawn variable."""
 
-    bins: int = 100
-    """Equal bins of t; 0: off."""
+    bins: int = 0
+    """Equal bins of t; 0: off (LDLM: 100)."""
     decay: float = 0.999
     """Of the moving average of every bin's loss, a step."""
     refresh_steps: int = 5_000

@@ -17,11 +17,11 @@ class LatentAutoencoderConfig:
 
     latent_channels: int = 768
     """Channels of the latent of one token."""
-    encoder: TrunkConfig = field(default_factory=lambda: TrunkConfig(layers=6, width=768, heads=12))
+    encoder: TrunkConfig = field(default_factory=TrunkConfig)
     """Perceiver from hidden states to latents."""
-    decoder: TrunkConfig = field(default_factory=lambda: TrunkConfig(layers=6, width=768, heads=12))
+    decoder: TrunkConfig = field(default_factory=TrunkConfig)
     """Perceiver from latents back to hidden states."""
-    token_decoder: TrunkConfig = field(default_factory=lambda: TrunkConfig(layers=3, width=768, heads=12))
+    token_decoder: TrunkConfig = field(default_factory=TrunkConfig)
     """Transformer from decoded hidden states to tokens."""
     attention: ClassVar[str] = "full"
     """Who sees whom inside a segment: everybody."""

@@ -44,7 +44,7 @@ class FlowConfig:
     """A further loss, for sampling in few steps."""
     timesteps: TimestepConfig = field(default_factory=TimestepConfig)
     """Distribution of training timesteps; the quantile inference grid follows it."""
-    adaptive_timesteps: AdaptiveTimestepConfig = field(default_factory=lambda: AdaptiveTimestepConfig(bins=0))
+    adaptive_timesteps: AdaptiveTimestepConfig = field(default_factory=AdaptiveTimestepConfig)
     """With bins > 0 the distribution is found in training, and `timesteps` is where validation looks. One shot only."""
     token_likelihood: bool = False
     """Add the exact log-likelihood of each token's noisy latent to the logits (Bayes with the network as prior)."""
