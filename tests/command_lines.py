@@ -31,13 +31,15 @@ def commands(markdown: str) -> list[str]:
 
 
 def problems(command: str) -> list[str]:
-    """What is wrong with a command; [] when all it names exists. Words in capitals stand for a reader's own."""
+    """What is wrong with a command; [] when all it names exists. Words in capitals stand for a reader's own, those with
+    a $ for what a shell fills in."""
     words = _without_assignments(shlex.split(command))
     words = [word.strip("[]") for word in words if word == "" or word.strip("[]") not in ("", "...", "|")]
     for separator in ("|", "&&", ";", ">", "--slurm"):  # what follows is another program's
         if separator in words:
             words = words[: words.index(separator)]
-    missing = [f"{word}: no such file" for word in words if word.startswith(OWN_FOLDERS) and not (ROOT / word).exists()]
+    files = [word for word in words if word.startswith(OWN_FOLDERS) and "$" not in word]
+    missing = [f"{word}: no such file" for word in files if not (ROOT / word).exists()]
     if missing:
         return missing
     program, *arguments = words
@@ -75,7 +77,7 @@ def _script_problems(script: str, arguments: list[str]) -> list[str]:
         return [f"{script}: no such file"]
     if not re.fullmatch(r"launch/pretrain_\w+\.py", script):
         return _option_problems((script,), arguments)
-    if any(word.isupper() for word in arguments):
+    if any(word.isupper() or "$" in word for word in arguments):
         return []
     try:
         load_config(config_of(script), arguments)

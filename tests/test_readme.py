@@ -1,11 +1,15 @@
 """Every command that README.md and docs/ show refers to targets, files, options and keys that exist."""
 
 import re
+import subprocess
+import textwrap
 from pathlib import Path
 
 import pytest
 
-from tests.command_lines import ROOT, commands, problems
+from evaluation.systems import load_systems
+from megatext.config import load_config
+from tests.command_lines import ROOT, commands, config_of, problems
 
 PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))] if path.is_file()]
 
@@ -74,3 +78,31 @@ def test_problems_are_told(command: str, complaint: str | None) -> None:
         assert found == []
     else:
         assert complaint in found[0]
+
+
+def test_the_commands_of_the_paper_s_tables_fit_together() -> None:
+    """The page's shell code with programs that only say what they were called with: every model that is read was made
+    before, and every row of the two tables is one of them."""
+    page = (ROOT / "docs/textldm.md").read_text()
+    part = page[page.index("## The paper's tables") : page.index("What they take, by")]
+    code = textwrap.dedent("".join(re.findall(r"^    .*\n", part, flags=re.MULTILINE)))
+    echo = 'deepspeed() { printf "%s\\x1f" deepspeed "$@"; echo; }; python() { printf "%s\\x1f" python "$@"; echo; }\n'
+    told = subprocess.run(["bash", "-eu", "-c", echo + code], capture_output=True, text=True, check=True).stdout
+    runs: list[str] = []
+    models: list[str] = []
+    for line in told.splitlines():
+        program, script, *arguments = line.split("\x1f")[:-1]
+        if script.startswith("launch/pretrain_"):
+            config, _ = load_config(config_of(script), arguments)
+            assert config.run_dir not in runs
+            assert not hasattr(config, "dit") or config.dit.vae in models
+            runs.append(config.run_dir)
+        elif script == "launch/export.py":
+            assert arguments[:2] == ["--run", runs[-1]] and arguments[2] == "--output"
+            models.append(arguments[3])
+    assert len(runs) == 6 + 20
+    for table in ("systems_table1", "systems_table2"):
+        assert f"launch/configs/textldm/{table}.yaml" in told
+        rows = load_systems(ROOT / f"launch/configs/textldm/{table}.yaml")
+        own = {row.system.partition(":")[2] for row in rows if "runs/" in row.system}
+        assert own <= set(models) and len(own) >= 5
