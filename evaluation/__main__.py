@@ -167,6 +167,7 @@ def _compute_options(sub: argparse.ArgumentParser) -> None:
         metavar="GROUP",
         help="groups of the baseline; those of equal FLOPs are one budget",
     )
+    sub.add_argument("--show", nargs="+", metavar="ROW", help="these rows alone, as the table names them; default: all")
     sub.add_argument(
         "--tolerance",
         type=float,
@@ -319,9 +320,15 @@ def _compute(arguments: argparse.Namespace) -> None:
     from evaluation.multiplier import multiplier_table, multipliers
     from evaluation.plots import multiplier_plot
     from evaluation.scoring import load_results
+    from megatext.config import ConfigError
 
     results = load_results(arguments.output)
     found = multipliers(results, arguments.baseline, arguments.tolerance)
+    if arguments.show:
+        names = [each.name for each in found]
+        if absent := [name for name in arguments.show if name not in names]:
+            raise ConfigError(f"--show {absent[0]}: no such row; there are: {'; '.join(names)}")
+        found = [each for each in found if each.name in arguments.show]
     plot = arguments.output / "plots" / "multiplier.png"
     atomic_write(plot, multiplier_plot(results, arguments.baseline, found))
     print(f"{multiplier_table(found, arguments.tolerance)}\n{plot}")

@@ -152,24 +152,28 @@ def _spot(point: Point, plane: tuple[str, str, str, str]) -> tuple[tuple[float, 
 
 def multiplier_plot(results: dict[str, Any], baseline: Sequence[str], found: Sequence[Multiplier]) -> bytes:
     """G against FLOPs of training, the baseline in grey, a line a sampling, and the multipliers of `found`: bounds as
-    arrows, intervals as bars as far as they are known, hollow beside the baseline's best within the tolerance. Groups
-    named alike but for a last number are one system."""
-    figure, (axes,) = new_figure(1, 2, width=11, height=4.2)
+    arrows, intervals as bars as far as they are known, hollow beside the baseline's best within the tolerance. A
+    sampling of groups that are named alike but for a last number is one line."""
+    figure, (axes,) = new_figure(1, 2, width=12, height=4.4)
     for spots in _by_sampling([point for point in points(results["systems"]) if point.group in baseline]):
         axes[0].plot(*zip(*spots, strict=True), color=_GREY, marker=".", lw=0.8, alpha=0.7)
     axes[0].plot([], [], color=_GREY, marker=".", lw=0.8, label=f"{_without_number(baseline[0])}, every sampling")
-    names = list(dict.fromkeys(_without_number(each.group) for each in found))
-    for name, look in zip(names, LOOKS, strict=False):
-        rows, color = [each for each in found if _without_number(each.group) == name], look["color"]
-        axes[0].plot([e.flops for e in rows], [e.gap for e in rows], ls="", ms=5, label=name, **look)
-        for each in rows:
-            for ratio, fill in ((each.near, "none"), (each.same, color)):
-                if ratio.value is not None:
-                    marker = {"=": look["marker"], ">": "^", "<": "v"}[ratio.relation]
-                    axes[1].plot(each.flops, ratio.value, marker, ms=6, color=color, markerfacecolor=fill)
-            for end in each.same.interval or ():
-                if each.same.value is not None and 0 < end < math.inf:
-                    axes[1].plot((each.flops, each.flops), (each.same.value, end), color=color, lw=1)
+    lines: dict[str, list[Multiplier]] = {}
+    for each in sorted(found, key=lambda each: each.flops):
+        lines.setdefault(_without_number(each.group) + each.name.removeprefix(each.group), []).append(each)
+    for (name, rows), look in zip(lines.items(), LOOKS, strict=False):
+        axes[0].plot([e.flops for e in rows], [e.gap for e in rows], lw=1.2, ms=5, label=name, **look)
+        for read, dashes, fill in (("near", ":", "none"), ("same", "-", look["color"])):
+            ratios = [(each.flops, ratio) for each in rows if (ratio := getattr(each, read)).value is not None]
+            axes[1].plot(
+                [x for x, _ in ratios], [ratio.value for _, ratio in ratios], dashes, color=look["color"], lw=1
+            )
+            for x, ratio in ratios:
+                marker = {"=": look["marker"], ">": "^", "<": "v"}[ratio.relation]
+                axes[1].plot(x, ratio.value, marker, ms=6, color=look["color"], markerfacecolor=fill)
+                for end in ratio.interval or () if read == "same" else ():
+                    if 0 < end < math.inf:
+                        axes[1].plot((x, x), (ratio.value, end), color=look["color"], lw=1)
     axes[0].set(xscale="log", xlabel="FLOPs of training, all that a model stands on", ylabel="judge gap G")
     axes[1].set(xscale="log", yscale="log", xlabel=axes[0].get_xlabel(), ylabel="compute multiplier")
     axes[1].set_xlim(axes[0].get_xlim())

@@ -138,7 +138,15 @@ def test_the_command_prints_the_table_and_draws_it(
     main(["compute", "--output", str(tmp_path), "--baseline", "AR 1", "AR 16"])
     printed = capsys.readouterr().out
     assert "= 3.00" in printed and "> 5.00" in printed and "no baseline at this entropy" in printed
-    assert (tmp_path / "plots" / "multiplier.png").read_bytes().startswith(b"\x89PNG")
+    whole = (tmp_path / "plots" / "multiplier.png").read_bytes()
+    main(["compute", "--output", str(tmp_path), "--baseline", "AR 1", "AR 16", "--show", "ours 2"])
+    printed = capsys.readouterr().out
+    assert "ours 2" in printed and "ours 1" not in printed and "theirs" not in printed
+    drawn = (tmp_path / "plots" / "multiplier.png").read_bytes()
+    assert whole.startswith(b"\x89PNG") and drawn.startswith(b"\x89PNG") and drawn != whole
+    with pytest.raises(SystemExit):
+        main(["compute", "--output", str(tmp_path), "--baseline", "AR 1", "AR 16", "--show", "ours"])
+    assert "--show ours: no such row; there are: ours 1; ours 2; theirs; quiet" in capsys.readouterr().err
 
 
 def test_what_is_missing_is_told() -> None:
