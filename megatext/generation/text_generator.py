@@ -168,6 +168,8 @@ class TextGenerator:
             if not ids:
                 raise ConfigError(f"log_likelihood: text {number} has no tokens")
         self._check_prompts([prompt for prompt, _ in pairs])
+        if not pairs:
+            return []
         with torch.no_grad(), self._evaluating():
             return log_likelihood(self, pairs, config or LikelihoodConfig())
 
@@ -230,6 +232,9 @@ class TextGenerator:
         from megatext.generation import blockwise, oneshot
 
         check_sampling(sampling, self.flow)
+        if not requests:
+            yield []
+            return
         self._check_prompts([request.prompt for request in requests])
         with self._evaluating():
             yield from (blockwise if self.flow.block_tokens else oneshot).generate(self, requests, sampling)

@@ -97,9 +97,11 @@ class TextDiTTraining(nn.Module):
             )[0].float()
 
         previous = None
+        clean = (timestep_index == 0)[..., None]  # has no loss, so what the network makes of it is anything
         if self_condition:
             with torch.no_grad():
-                previous = self.x0(noisy, t, predict(noisy, timesteps, None))
+                estimate = self.x0(noisy, t, predict(noisy, timesteps, None))
+                previous = torch.where(clean, latents, estimate)
         predicted = predict(noisy, timesteps, previous)
         per_token = self._own_loss(predicted, noisy, latents, noise, tokens, t)
         if self.timesteps is not None and self.training:
@@ -113,7 +115,8 @@ class TextDiTTraining(nn.Module):
             x0, earlier = self.x0(noisy, t, predicted), earlier_timesteps[timestep_index]
 
             def predict_earlier(z: Tensor) -> Tensor:
-                return predict(z, earlier_timesteps, x0.detach() if self_condition else None)
+                fed_back = torch.where(clean, latents, x0.detach()) if self_condition else None
+                return predict(z, earlier_timesteps, fed_back)
 
             goal = self._consistency_goal(x0.detach(), noisy, latents, t, earlier, predict_earlier)
             off = objectives.squared_error(x0, goal)
@@ -280,10 +283,17 @@ def check_effects(network: TextDiTConfig, flow: FlowConfig, sampling: SamplingCo
     """Raise ConfigError, naming the field below `where`, where a training would be asked for what has no effect on it,
     or its model for texts that it cannot write. An export that was trained so is not asked: it writes as it did."""
     check_sampling(sampling, flow, f"{where}.sampling.")
+    usual = FlowConfig()
+    of_blocks = ("noise_copies", "posterior", "timestep_per", "partial_block_probability")
+    of_one_shot = ("unconditional_probability", "context_fraction")
     if flow.block_tokens and flow.null_condition == "zeros":
         raise ConfigError(f"{where}.flow.null_condition zeros: only in one shot (flow.block_tokens: 0); set it to drop")
-    if flow.noise_copies > 1 and not flow.block_tokens:
-        raise ConfigError(f"{where}.flow.noise_copies: only in blocks (flow.block_tokens > 0); set it to 1")
+    for name in of_one_shot if flow.block_tokens else of_blocks:
+        if getattr(flow, name) != getattr(usual, name):
+            place = "in one shot (flow.block_tokens: 0)" if flow.block_tokens else "in blocks (flow.block_tokens > 0)"
+            raise ConfigError(f"{where}.flow.{name}: only {place}; leave it out")
+    if flow.segment_lengths == "windows" and flow.min_segment_tokens != usual.min_segment_tokens:
+        raise ConfigError(f"{where}.flow.min_segment_tokens: windows are not cut; set flow.segment_lengths")
     if network.self_conditioning and not flow.self_conditioning_probability:
         raise ConfigError(
             f"{where}.network.self_conditioning: true needs {where}.flow.self_conditioning_probability above 0"

@@ -47,7 +47,9 @@ class FlowConfig:
     adaptive_timesteps: AdaptiveTimestepConfig = field(default_factory=AdaptiveTimestepConfig)
     """With bins > 0 the distribution is found in training, and `timesteps` is where validation looks. One shot only."""
     token_likelihood: bool = False
-    """Add the exact log-likelihood of each token's noisy latent to the logits (Bayes with the network as prior)."""
+    """Add the log-likelihood of each token's noisy latent to the logits (Bayes with the network as prior). Exact for
+    latents that are posterior means, as those of blocks; of one shot's, which are samples, it leaves the posterior's
+    variance out."""
     block_tokens: int = 0
     """Tokens of a block; 0 generates the whole target in one shot."""
     training_block_tokens: tuple[int, ...] = ()
@@ -89,8 +91,23 @@ class FlowConfig:
     (`length: eos`). Needs data.packed: false and rows longer than windows."""
 
     def __post_init__(self) -> None:
-        if self.consistency.steps < 2 or self.min_segment_tokens < 1:
-            raise ConfigError("flow.consistency.steps must be at least 2, flow.min_segment_tokens at least 1")
+        low, high = self.context_fraction
+        if not 0 <= low <= high <= 1:
+            raise ConfigError(f"flow.context_fraction {[low, high]}: has to be two shares of a segment, from 0 to 1")
+        for name in (
+            "partial_block_probability", "self_conditioning_probability", "condition_dropout",
+            "unconditional_probability", "infill_probability",
+        ):  # fmt: skip
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"flow.{name} {getattr(self, name)}: has to be a share, from 0 to 1")
+        least = {"block_tokens": 0, "noise_copies": 1, "min_segment_tokens": 1, "eos_padding_tokens": 0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ConfigError(f"flow.{name} {getattr(self, name)}: has to be at least {bound}")
+        if self.consistency.steps < 2 or self.consistency.weight < 0 or self.consistency.warmup_steps < 0:
+            raise ConfigError("flow.consistency: steps must be at least 2, weight and warmup_steps at least 0")
+        if min(self._weights) < 0:
+            raise ConfigError("flow.latent_weight and flow.token_weight must be at least 0")
         if self.own_weight + self.other_weight <= 0:
             raise ConfigError("flow.latent_weight and flow.token_weight are both 0: nothing would be learnt")
         if self.latent_loss != "own" and self._weights[0] == 0:
