@@ -262,18 +262,22 @@ OWN_CHOICES = {
     "larger": {"network.trunk.layers"},
     "always_context": {"flow.condition_dropout", "flow.unconditional_probability"},
     "more_dropout": {"flow.condition_dropout"},
+    "letter_muon": {"vae", "flow.segment_lengths", "network.role_embedding"},
 }
+BY_ADAMW = {"optimizer.name", "optimizer.learning_rate", "optimizer.weight_decay"}
 TOGETHER = ("adaln", "x0", "more_noise", "self_conditioning", "robust", "drop", "null_vector")
 
 
 def test_each_repair_alone_and_seven_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     found = settings_of("textldm_repairs", "dit")
-    expected = {**REPAIRS, **OWN_CHOICES, "repaired": set.union(*(REPAIRS[name] for name in TOGETHER))}
-    assert found.keys() == {"paper", *expected}
+    expected = {**REPAIRS, **OWN_CHOICES, "seven": set.union(*(REPAIRS[name] for name in TOGETHER))}
+    assert found.keys() == {"paper", "letter", *expected}
+    assert apart(found["letter"], found["letter_muon"]) == {"dit.vae", *BY_ADAMW}
     for name, keys in expected.items():
         assert apart(found[name], found["paper"]) == {f"dit.{key}" for key in keys}, name
     vaes = settings_of("textldm_repairs", "vae")
+    letter = {"vae.truncation", "vae.network.latent_norm", "vae.network.standardised"}
     for name, keys in {
         "vae_robust": {"vae.decoder_noise"},
         "local_vae": {"vae.network.encoder.layers"},
@@ -283,6 +287,8 @@ def test_each_repair_alone_and_seven_together(monkeypatch: pytest.MonkeyPatch) -
         "vae_kl_more": {"vae.kl_weight"},
         "vae_larger": {"vae.network.encoder.layers", "vae.network.decoder.layers"},
         "vae_dropout": {"vae.latent_dropout", "vae.token_dropout"},
+        "vae_letter_muon": letter,
+        "vae_letter": letter | BY_ADAMW,
     }.items():
         assert apart(vaes[name], vaes["vae"]) == keys
 
