@@ -8,9 +8,14 @@ import yaml
 
 from megatext.config import ConfigError, load_config
 from megatext.data import DataError
+from megatext.flow.timesteps import TimestepConfig
 from megatext.quickstart import RECIPES, Quickstart
+from megatext.recipes.sampling import SamplingConfig
+from megatext.recipes.text_dit import PretrainDiTConfig
+from megatext.recipes.text_vae import PretrainVAEConfig
 from megatext.stages import Stage, stage_keys
 from megatext.training.engine import accumulation_steps
+from megatext.training.run_config import RunConfig
 from tests.command_lines import ROOT, config_of, problems
 
 PRESETS = ("quickstart", "small")
@@ -59,6 +64,44 @@ def test_every_stage_has_what_it_needs(preset: str, recipe: str) -> None:
         earlier.add(stage.name)
         written |= set(stage.writes)
         assert quickstart.name_in_preset(stage.name) in quickstart.preset.seconds, "a time is expected for every stage"
+
+
+@pytest.mark.parametrize(
+    "name", [*(f"{preset}/dit_textldm_paper" for preset in PRESETS), *(f"textldm/dit_{m}m" for m in (114, 328, 768))]
+)
+def test_the_denoisers_of_textldm_are_as_published(name: str) -> None:
+    """docs/textldm.md, "The paper's choices"; what is left to a default too."""
+    config, _ = load_config(PretrainDiTConfig, ["--config", f"launch/configs/{name}.yaml"])
+    network, flow, sampling = config.dit.network, config.dit.flow, config.dit.sampling
+    assert (network.time_conditioning, network.output, network.self_conditioning) == ("none", "latent", False)
+    assert (flow.path, flow.objective, flow.latent_space) == ("linear", "velocity", "velocity")
+    assert flow.loss_weights(0) == {"flow": 1.0} and flow.adaptive_timesteps.bins == 0
+    assert flow.timesteps == TimestepConfig("logit_normal", location=0.0, scale=1.5)
+    assert (flow.null_condition, flow.condition_dropout) == ("zeros", 0.1)
+    assert (flow.block_tokens, flow.attention, flow.target_encoding) == (0, "full", "separate")
+    assert sampling == SamplingConfig(50, "euler", "quantile", guidance_scale=7.0, guidance_interval=(0.0, 1.0))
+    if name.startswith("textldm/"):
+        assert flow.segment_lengths == "uniform" and not network.role_embedding
+        assert_adamw_of_the_paper(config)
+
+
+@pytest.mark.parametrize("millions", [350, 502, 690])
+def test_the_autoencoders_of_textldm_are_as_published(millions: int) -> None:
+    config, _ = load_config(PretrainVAEConfig, ["--config", f"launch/configs/textldm/vae_{millions}m.yaml"])
+    network = config.vae.network
+    assert (network.latent_channels, network.latent_norm, network.standardised) == (64, "none", False)
+    assert network.attention == "full" and not network.mask_token
+    assert (config.vae.kl_weight, config.vae.repa_weight, config.vae.repa_projector) == (1e-3, 1.0, "linear")
+    assert config.vae.kl_warmup_steps > 0 and config.vae.truncation == 1.0
+    assert config.vae.decoder_noise == config.vae.latent_dropout == 0
+    assert config.vae.token_dropout == config.vae.mask_weight == 0
+    assert_adamw_of_the_paper(config)
+
+
+def assert_adamw_of_the_paper(config: RunConfig) -> None:
+    optimizer = config.optimizer
+    assert (optimizer.name, optimizer.learning_rate, optimizer.weight_decay) == ("adamw", 1e-4, 0.01)
+    assert optimizer.learning_rate_scales == {}
 
 
 def needed_outputs(quickstart: Quickstart, stage: Stage) -> set[Path]:

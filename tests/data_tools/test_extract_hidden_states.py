@@ -126,6 +126,23 @@ def test_states_equal_the_model_run_by_hand(model: Path, tmp_path: Path) -> None
     assert torch.allclose(torch.tensor(train_states["std"]).double(), everything.std(0, correction=0), atol=1e-5)
 
 
+@pytest.mark.parametrize("layer", [-1, 1])
+def test_other_layers_equal_the_model_run_by_hand(model: Path, tmp_path: Path, layer: int) -> None:
+    """-3, the default, is what the tests beside this one read."""
+    from transformers import AutoModelForCausalLM
+
+    extract(options(model, tmp_path, layer=layer), ["validation"])
+    assert read_states_manifest(tmp_path)["layer"] == layer
+    network = AutoModelForCausalLM.from_pretrained(model).eval()
+    states = HiddenStates(str(tmp_path), "validation")
+    for path in (model / "shards").glob("validation-*.tar"):
+        tokens = TarIndex(path)
+        for document in range(len(tokens)):
+            window = tokens.array(document)[:24]
+            found = states.read(path.name, document, 0, len(window)).float()
+            assert torch.allclose(found, states_by_hand(network, window, layer), atol=0.02, rtol=0.01)
+
+
 @pytest.mark.parametrize("architecture", ["bert", "t5"])
 def test_encoders_too(architecture: str, tmp_path: Path) -> None:
     from transformers import BertForMaskedLM, T5EncoderModel

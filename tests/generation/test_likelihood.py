@@ -76,18 +76,20 @@ def test_an_exact_models_bound_is_the_likelihood_of_independent_tokens(exact: Te
 
 
 def test_tokens_that_hang_together_cost_a_parallel_decoder_something(exact: TextGenerator) -> None:
+    """At little noise every token is known by itself, and nothing is lost; at much it is known by its share alone."""
     assert exact.module.table is not None
     exact.module.network = Exact(exact.module.network, exact.module.table, JOINT, True)  # type: ignore[assignment]
-    texts = [[TOKENS[i], TOKENS[j]] for i in range(3) for j in range(3)]
-    means = []
-    for s in (0.1, 0.9):
-        config = LikelihoodConfig(seeds=48, steps=24, smallest_timestep=s)
-        found = log_likelihood(exact, [([], text) for text in texts], config)
-        means.append(sum(float(p) * each.nats for p, each in zip(JOINT.flatten(), found, strict=True)))
-        error = max(each.error for each in found)
-        entropy = -float((JOINT * JOINT.log()).sum())
-        assert means[-1] > entropy - 4 * error
-    assert means[0] == pytest.approx(entropy, abs=0.15)  # at little noise every token is known by itself
+    pairs: list[tuple[list[int], list[int]]] = [([], [TOKENS[i], TOKENS[j]]) for i in range(3) for j in range(3)]
+    entropy, *apart = (-float((p * p.log()).sum()) for p in (JOINT, JOINT.sum(0), JOINT.sum(1)))
+    means, errors = [], []
+    for s, seeds in ((0.1, 48), (0.9, 12)):
+        found = log_likelihood(exact, pairs, LikelihoodConfig(seeds=seeds, steps=24, smallest_timestep=s))
+        estimates = JOINT.flatten().double() @ torch.tensor([each.estimates for each in found], dtype=torch.float64)
+        means.append(float(estimates.mean()))
+        errors.append(float(estimates.std()) / math.sqrt(seeds))
+        assert entropy - 4 * errors[-1] < means[-1] < sum(apart) + 4 * errors[-1]
+    assert means[0] == pytest.approx(entropy, abs=0.15)
+    assert means[1] > entropy + 20 * errors[1] and means[1] > means[0] + 3 * math.hypot(*errors)
 
 
 def test_the_ode_agrees_with_the_variational_bound(exact: TextGenerator) -> None:
@@ -190,6 +192,28 @@ def test_a_texts_bound_does_not_depend_on_its_neighbours(
     assert len({round(each.nats, 3) for each in together}) == 4
     other = generator.log_likelihood(PROMPTS, texts, replace(config, first_seed=7))
     assert other[0].nats != together[0].nats
+
+
+def test_an_estimate_asks_the_network_where_its_configuration_says(tmp_path: Path, tokenizer_directory: Path) -> None:
+    """What the decoder reads at the smallest timestep; then once in every stratum of log t, or at both its ends."""
+    generator = TextGenerator.from_pretrained(export(tmp_path, tokenizer_directory, "one_shot"))
+    asked: list[float] = []
+    generator.module.network.register_forward_hook(lambda module, args, output: asked.append(float(args[1][1])))
+    nats = []
+    for s, steps in ((0.1, 3), (0.4, 5)):
+        strata = list(itertools.pairwise(s ** (1 - i / steps) for i in range(steps + 1)))
+        for config in (LikelihoodConfig("variational"), LikelihoodConfig("ode")):
+            asked.clear()
+            config = replace(config, seeds=1, steps=steps, smallest_timestep=s)
+            (found,) = generator.log_likelihood(["the cat"], ["sat on"], config)
+            first, *others = asked
+            assert first == pytest.approx(s)
+            if config.estimator == "ode":
+                assert others == pytest.approx([t for stratum in strata for t in stratum])
+            else:
+                assert all(low < t < high for t, (low, high) in zip(others, strata, strict=True))
+            nats.append(found.nats)
+    assert all(abs(a - b) > 0.1 for a, b in itertools.combinations(nats, 2))
 
 
 @pytest.mark.parametrize("name", ["blocks", "one_shot"])

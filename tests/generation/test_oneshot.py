@@ -1,17 +1,21 @@
 """One shot: caches of a prefix, gaps, early exit, traces."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatext.config import ConfigError
 from megatext.flow import guidance
-from megatext.generation.noise import Request
+from megatext.generation import oneshot
+from megatext.generation.noise import Noise, Request
 from megatext.generation.text_generator import TextGenerator
 from megatext.nn.attention import make_mask
 from megatext.nn.layout import CONTEXT, PADDING, TARGET, Layout
+from megatext.nn.text_vae import TextVAE
 from megatext.recipes.flow_config import FlowConfig
 from megatext.recipes.sampling import SamplingConfig
 from tests.generation.test_text_generator import LENGTHS, PROMPTS, SYSTEMS, export
@@ -23,6 +27,7 @@ GENERATED = {
         objective="velocity", attention="prefix", null_condition="zeros", infill_probability=0.3
     ),
     "with_context": FlowConfig(objective="x0", target_encoding="with_context", infill_probability=0.3),
+    "null_embedding": FlowConfig(objective="velocity", infill_probability=0.3),
 }
 
 
@@ -34,47 +39,139 @@ def generator(
     return TextGenerator.from_pretrained(export(tmp_path, tokenizer_directory, request.param))
 
 
-def test_every_step_is_what_the_whole_row_without_a_cache_gives(generator: TextGenerator) -> None:
-    """As training sees it: context and target in one packed row, once with the context and once without."""
+REQUESTS = [
+    Request([7, 9, 11, 5, 6, 30, 8], 5, 3),
+    Request([7, 9, 11, 5, 6, 30], 4, 4, (0, 1, 2, 7, 8, 9)),
+    Request([], 6, 5),
+]
+
+
+def whole_row(request: Request) -> tuple[Tensor, Tensor]:
+    """The prompt's tokens where they stand, and which columns are to be written: `[1, columns]`, a column a position,
+    as training sees a text."""
+    tokens = torch.zeros(1, len(request.prompt) + request.target_tokens, dtype=torch.long)
+    given, _ = request.places()
+    tokens[0, given] = torch.tensor(request.prompt, dtype=torch.long)
+    return tokens, torch.ones_like(tokens, dtype=torch.bool).index_fill(1, torch.tensor(given, dtype=torch.long), False)
+
+
+def write_without_caches(
+    generator: TextGenerator, request: Request, sampling: SamplingConfig
+) -> tuple[list[tuple[Tensor, Tensor]], list[int]]:
+    """One text, everything computed anew at every step: context and target in one packed row, guidance in a pass of
+    its own, plain Euler steps. Returns what the network says of the target at every step, with the context and
+    without, and the tokens."""
     network, flow = generator.module.network, generator.flow
-    prompt = generator.tokenizer.encode(PROMPTS[0])[:7]
-    seen: list[torch.Tensor] = []
-    keep = network.register_forward_hook(
-        lambda module, args, output: seen.append(output[0]) if output[0].shape[1] else None
+    tokens, target = whole_row(request)
+    position, columns = torch.arange(tokens.shape[1])[None], target[..., None]
+    role = torch.where(target, TARGET, CONTEXT)
+    context = generator.latents_of(tokens, Layout.of(torch.where(target, PADDING, 0), position))
+    channels = context.shape[-1]
+    z = torch.zeros_like(context)
+    z[target] = Noise([request], [0], [(0, request.target_tokens)], torch.device("cpu")).normal(channels)[0]
+    previous, said, grid = torch.zeros_like(z), [], generator.grid(sampling)
+
+    def predict(t: Tensor, given: bool) -> Tensor:
+        dropped = not given and flow.null_condition == "drop"
+        segment = torch.where(target | (not dropped), 0, 1)
+        return network(
+            torch.where(columns, z, context if given or dropped else 0.0),
+            torch.stack((torch.zeros(()), t)),
+            target.long(),
+            position,
+            target,
+            make_mask(flow.attention, Layout.of(segment, position, role)),
+            self_condition=previous,
+            alone=target & (not given or not request.prompt),
+        )[0]
+
+    for t, t_next in zip(grid[:-1], grid[1:], strict=True):
+        given, alone = predict(t, True), predict(t, False)
+        said.append((given[target], alone[target]))
+        predicted = alone + sampling.guidance_scale * (given - alone)
+        previous = predicted if flow.objective == "x0" else z - t * predicted
+        z = z + (t_next - t) / t * (z - previous)
+    written = torch.where(columns, z, context)
+    layout = Layout.of(torch.zeros_like(position), position, role)
+    decoded = generator.vae.decode(
+        generator.vae.unstandardise(written), layout if flow.target_encoding == "with_context" else layout.separated()
     )
-    denoised: list[tuple[torch.Tensor, torch.Tensor]] = []
+    return said, decoded.masked_fill(generator.barred(sampling), -torch.inf).argmax(-1)[target].tolist()
+
+
+@torch.no_grad()
+def test_every_step_is_what_the_whole_row_without_a_cache_gives(
+    generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A continuation, a gap and a passage from nothing, written together."""
+    passes: list[int] = []
+    generator.module.network.register_forward_hook(
+        lambda module, args, output: passes.append(len(output[0])) if output[0].shape[1] else None
+    )
+    denoised: list[tuple[Tensor, Tensor]] = []
     combine = guidance.combine
 
-    def note(conditional: torch.Tensor, without: torch.Tensor, scale: float) -> torch.Tensor:
+    def note(conditional: Tensor, without: Tensor, scale: float) -> Tensor:
         denoised.append((conditional, without))
         return combine(conditional, without, scale)
 
-    guidance.combine = note  # type: ignore[assignment]
-    try:
-        sampling = SamplingConfig(steps=1, guidance_scale=2.0)
-        list(generator._pieces([Request(prompt, 5, 3), Request(prompt[:3], 4, 4)], sampling))
-    finally:
-        guidance.combine = combine
-        keep.remove()
-    ((conditional, without),) = denoised
-    assert len(seen) == 1  # both passes are one
-    from megatext.generation.noise import Noise
+    monkeypatch.setattr(guidance, "combine", note)
+    sampling = SamplingConfig(steps=4, guidance_scale=2.0)
+    (texts,) = generator._pieces(REQUESTS, sampling)
+    assert passes == [2 * len(REQUESTS)] * 4
+    for row, request in enumerate(REQUESTS):
+        said, tokens = write_without_caches(generator, request, sampling)
+        for step, found in zip(said, denoised, strict=True):
+            for expected, predicted in zip(step, found, strict=True):
+                torch.testing.assert_close(predicted[row, : len(tokens)], expected, rtol=1e-3, atol=1e-3)
+        assert texts[row] == tokens
 
-    noise = Noise([Request(prompt, 5, 3)], [0], [(0, 5)], torch.device("cpu")).normal(6)
-    position = torch.arange(12)[None]
-    role = torch.where(position < 7, CONTEXT, TARGET)
-    tokens = torch.tensor([prompt + [0] * 5])
-    context = generator.latents_of(tokens, Layout.of(torch.where(position < 7, 0, PADDING), position))
-    target = position >= 7
-    z = torch.where(target[..., None], torch.cat((torch.zeros(1, 7, 6), noise), dim=1), context)
-    t = torch.tensor([0.0, 1.0])
-    for given, found in ((True, conditional), (False, without)):
-        dropped = not given and flow.null_condition == "drop"
-        segment = torch.where((position < 7) & torch.tensor(dropped), 1, 0)
-        layout = Layout.of(segment, position, role)
-        row = z if given or dropped else torch.where(target[..., None], z, 0.0)
-        out = network(row, t, target.long(), position, target, make_mask(flow.attention, layout))[0]
-        torch.testing.assert_close(out[:, 7:], found[:1], rtol=1e-4, atol=1e-4)
+
+@torch.no_grad()
+def test_targets_are_encoded_and_decoded_as_in_one_row_of_training(generator: TextGenerator) -> None:
+    """What a likelihood encodes, and what every sample is decoded by."""
+    vae, together = generator.vae, generator.flow.target_encoding == "with_context"
+    assert isinstance(vae, TextVAE)
+    writer = oneshot.Writer(generator, REQUESTS)
+    ids = torch.randint(5, 200, writer.target.position.shape, generator=torch.Generator().manual_seed(0))
+    encoded, decoded = writer.target_latents(ids), writer.logits(writer.target_latents(ids))
+    for row, request in enumerate(REQUESTS):
+        n, (tokens, target) = request.target_tokens, whole_row(request)
+        tokens[target] = ids[row, :n]
+        position = torch.arange(tokens.shape[1])[None]
+        layout = Layout.of(torch.zeros_like(position), position, torch.where(target, TARGET, CONTEXT))
+        seen = layout if together else layout.separated()
+        raw = vae.encode(tokens, seen, rule="prefix" if together else None)[0]
+        torch.testing.assert_close(encoded[row, :n], vae.standardise(raw)[target], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(decoded[row, :n], vae.decode(raw, seen)[target], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_a_call_reads_its_context_once_and_a_prefix_is_in_no_step(
+    guidance_scale: float, generator: TextGenerator
+) -> None:
+    network, vae = generator.module.network, generator.vae
+    assert isinstance(vae, TextVAE) and network.timestep is not None
+    passes: list[tuple[int, ...]] = []
+    calls = {"encoder": 0, "decoder": 0, "timestep": 0}
+
+    def count(name: str) -> Callable[..., None]:
+        def add(*_: object) -> None:
+            calls[name] += 1
+
+        return add
+
+    network.register_forward_hook(
+        lambda module, args, kwargs, output: passes.append((*args[0].shape[:2], kwargs.get("history", 0))),
+        with_kwargs=True,
+    )
+    for name, part in (("encoder", vae.encoder), ("decoder", vae.decoder), ("timestep", network.timestep)):
+        part.register_forward_hook(count(name))
+    list(generator._pieces(REQUESTS[:2], SamplingConfig(steps=4, guidance_scale=guidance_scale)))
+    rows = 2 * (2 if guidance_scale > 1 else 1)
+    prefix = generator.flow.attention == "prefix"
+    assert passes == ([(4, 7, 7), *[(rows, 5, 0)] * 4] if prefix else [(rows, 12, 0)] * 4)
+    assert calls == {"encoder": 1, "decoder": 1, "timestep": 1}
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])

@@ -55,7 +55,7 @@ def export(
     network = TextDiTConfig(
         trunk=TRUNK,
         token_embedding=name == "blocks",
-        null_embedding=name in ("blocks", "cola"),
+        null_embedding=name in ("blocks", "cola", "null_embedding"),
         self_conditioning=True,
         output="tokens" if flow.objective == "token_cross_entropy" else "latent",
     )
@@ -122,6 +122,14 @@ def test_a_text_does_not_depend_on_its_neighbours(generator: TextGenerator, guid
         assert alone == [together[i]]
     others = generator.generate(PROMPTS, target_tokens=LENGTHS, seeds=[9, 10, 11, 12], sampling=sampling)
     assert others != together
+
+
+def test_nothing_asked_for_is_nothing_written(generator: TextGenerator) -> None:
+    assert generator.generate([], target_tokens=[], seeds=[]) == []
+    assert generator.generate(["the quick", "a"], target_tokens=[0, 3], seeds=[0, 0])[0] == ""
+    assert generator.generate(["the"], target_tokens=[0], seeds=[0]) == [""]
+    assert "".join(generator.stream("the", target_tokens=0)) == ""
+    assert generator.log_likelihood([], []) == []
 
 
 def test_streaming_gives_the_same_text(generator: TextGenerator) -> None:

@@ -1,13 +1,25 @@
 """Attention, RoPE, blocks and networks against plain references."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
 
 from megatext.nn.attention import KVCache, Mask, attend, make_mask
-from megatext.nn.blocks import Block, TimestepEmbedding, Trunk, TrunkConfig, apply_rope, initialise, rope_tables
+from megatext.nn.blocks import (
+    MLP,
+    Attention,
+    Block,
+    TimestepEmbedding,
+    Trunk,
+    TrunkConfig,
+    apply_rope,
+    initialise,
+    rope_tables,
+)
 from megatext.nn.dit import TextDiT, TextDiTConfig
 from megatext.nn.layout import CONTEXT, TARGET, Layout
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
@@ -115,6 +127,70 @@ def test_activation_checkpointing_changes_nothing(every: int) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(("every", "expected"), [(0, []), (1, [0, 1, 2, 3, 4]), (2, [0, 2, 4])])
+def test_activation_checkpointing_computes_every_nth_block_again(every: int, expected: list[int]) -> None:
+    trunk = Trunk(replace(SMALL, layers=5, activation_checkpointing=every))
+    computed: list[int] = []
+    for number, block in enumerate(trunk.blocks):
+        block.register_forward_pre_hook(lambda module, args, number=number: computed.append(number))
+    out, _ = trunk(torch.randn(1, 4, 16), torch.arange(4)[None], Mask())
+    assert computed == [0, 1, 2, 3, 4]
+    computed.clear()
+    out.sum().backward()
+    assert sorted(computed) == expected
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    gate, value = x.chunk(2, dim=-1)
+    return value * gate / (1 + (-gate).exp())
+
+
+@pytest.mark.parametrize(
+    ("mlp", "function"),
+    [
+        ("gelu", lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))),
+        ("gelu_tanh", lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))),
+        ("swiglu", swiglu),
+    ],
+)
+def test_the_mlp_is_two_matrices_around_the_function_it_names(
+    mlp: Literal["gelu", "gelu_tanh", "swiglu"], function: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    module = MLP(replace(SMALL, mlp=mlp)).double()
+    fill(module)
+    x = torch.randn(64, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = function(x @ module.up.weight.T) @ module.down.weight.T
+    torch.testing.assert_close(module(x), expected, rtol=1e-9, atol=1e-9)  # the two GELUs differ by 1e-4
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_every_norm_adds_norm_eps_to_the_variance(norm: Literal["layer", "rms"]) -> None:
+    trunk = Trunk(replace(SMALL, norm=norm, qk_norm_kind=norm, norm_eps=1e-2))
+    norms = [part for part in trunk.modules() if isinstance(part, torch.nn.LayerNorm | torch.nn.RMSNorm)]
+    assert len(norms) == 2 * 4 + 1
+    for part in norms:
+        x = 0.1 * torch.randn(3, *part.normalized_shape)
+        x = x - x.mean(-1, keepdim=True)
+        torch.testing.assert_close(part(x), x / (x.square().mean(-1, keepdim=True) + 1e-2).sqrt())
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["queries", "keys"])
+@pytest.mark.parametrize("kind", ["rms", "layer", "layer_all_heads", None])
+def test_the_scale_of_queries_and_keys_matters_only_without_qk_norm(
+    kind: Literal["rms", "layer", "layer_all_heads"] | None, part: int
+) -> None:
+    config = SMALL if kind is None else replace(SMALL, qk_norm_kind=kind)
+    attention = Attention(replace(config, qk_norm=kind is not None))
+    torch.nn.init.normal_(attention.qkv.weight, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(1))
+    rope = rope_tables(torch.arange(6)[None], 8, 100.0)
+    before = attention(x, rope, Mask())[0]
+    with torch.no_grad():
+        attention.qkv.weight[16 * part : 16 * (part + 1)] *= 3.0
+    same = torch.allclose(attention(x, rope, Mask())[0], before, rtol=1e-3, atol=1e-4)
+    assert same == (kind is not None)
+
+
 def test_timestep_embedding_distinguishes_neighbours() -> None:
     embedding = TimestepEmbedding(16)
     out = embedding(torch.tensor([0.0, 0.001, 0.5, 1.0]))
@@ -170,6 +246,53 @@ def test_token_local_latents_depend_on_the_token_alone() -> None:
     tokens, layout = torch.randint(0, 11, (2, 12)), random_layout()
     mean, _, _ = vae.encode(tokens, layout)
     torch.testing.assert_close(vae.standardise(mean), vae.token_table()[tokens])
+
+
+@pytest.mark.parametrize(
+    ("rule", "encoder_layers", "moved_means", "moved_logits"),
+    [
+        ("full", 2, range(8), range(8)),
+        ("causal", 2, [7], [7]),
+        ("block_causal", 2, [6, 7], [6, 7]),
+        ("full", 0, [7], range(8)),
+        ("causal", 0, [7], [7]),
+    ],
+)
+def test_what_the_last_token_moves_under_each_rule(
+    rule: Literal["full", "causal", "block_causal"],
+    encoder_layers: int,
+    moved_means: Sequence[int],
+    moved_logits: Sequence[int],
+) -> None:
+    config = TextVAEConfig(5, replace(SMALL, layers=encoder_layers), SMALL, attention=rule, block_tokens=3)
+    vae = TextVAE(config, vocab_size=11)
+    fill(vae)
+    layout = vae.layout(torch.zeros(1, 8, dtype=torch.long), torch.arange(8)[None])
+    tokens = torch.arange(8)[None]
+    other = tokens.clone()
+    other[0, -1] = 10
+    mean, changed = vae.encode(tokens, layout)[0], vae.encode(other, layout)[0]
+    assert (mean != changed).any(-1)[0].nonzero().flatten().tolist() == list(moved_means)
+    changed = torch.cat((mean[:, :-1], -mean[:, -1:]), dim=1)
+    logits, changed = vae.decode(mean, layout), vae.decode(changed, layout)
+    assert (logits != changed).any(-1)[0].nonzero().flatten().tolist() == list(moved_logits)
+
+
+@pytest.mark.parametrize("initial_log_variance", [-4.0, 1.5])
+@pytest.mark.parametrize("latent_norm", ["none", "layer"])
+def test_the_posterior_is_what_its_head_gives_with_norm_and_bias(
+    latent_norm: Literal["none", "layer"], initial_log_variance: float
+) -> None:
+    config = TextVAEConfig(5, SMALL, SMALL, latent_norm=latent_norm, initial_log_variance=initial_log_variance)
+    vae = TextVAE(config, vocab_size=11)
+    fill(vae)
+    mean, log_variance, features = vae.encode(torch.randint(0, 11, (2, 12)), random_layout())
+    raw, head = vae.posterior(features).chunk(2, dim=-1)
+    torch.testing.assert_close(log_variance, head + initial_log_variance)
+    expected = raw if latent_norm == "none" else (raw - raw.mean(-1, keepdim=True)) / raw.std(-1, False, keepdim=True)
+    torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-4)
+    scales = mean.square().mean(-1)
+    assert torch.allclose(scales, torch.ones(2, 12), atol=1e-3) == (latent_norm == "layer")
 
 
 def test_layer_norm_fixes_the_scale_of_latents() -> None:

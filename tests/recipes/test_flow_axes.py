@@ -1,6 +1,6 @@
 """Each option of the flow changes what it says, checked by a few lines of arithmetic of its own."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -20,15 +20,33 @@ from tests.recipes.rows import make_batch
 from tests.recipes.test_text_dit import BLOCKS, ONE_SHOT, TRUNK, make_recipe
 
 
-def predictions(recipe: Any, inputs: dict[str, Any]) -> list[Tensor]:
-    """What the network said in a forward pass of the losses, call by call."""
-    seen: list[Tensor] = []
-    hook = recipe.module.network.register_forward_hook(
-        lambda module, args, output: seen.append(output[0]) if output[0].shape[1] else None
-    )
+@dataclass
+class Call:
+    """One pass of the network over noisy latents `[rows, columns, channels]`, with the table of their timesteps."""
+
+    latents: Tensor
+    timesteps: Tensor
+    self_condition: Tensor | None
+    predicted: Tensor
+
+
+def calls(recipe: Any, inputs: dict[str, Any]) -> list[Call]:
+    """What the network was told and said in a forward pass of the losses."""
+    seen: list[Call] = []
+
+    def note(module: Any, args: Any, options: dict[str, Any], output: Any) -> None:
+        if output[0].shape[1]:
+            seen.append(Call(args[0], args[1], options["self_condition"], output[0]))
+
+    hook = recipe.module.network.register_forward_hook(note, with_kwargs=True)
     recipe.module(**inputs)
     hook.remove()
     return seen
+
+
+def predictions(recipe: Any, inputs: dict[str, Any]) -> list[Tensor]:
+    """What the network said in a forward pass of the losses, call by call."""
+    return [call.predicted for call in calls(recipe, inputs)]
 
 
 def noisy_of(inputs: dict[str, Any], path: Path) -> tuple[Tensor, Tensor]:
@@ -104,20 +122,63 @@ def test_the_expected_latents_error_beside_token_cross_entropy() -> None:
     assert recipe.loss_weights(0) == {"flow": 1.0, "flow_latent": 2.0}
 
 
-@pytest.mark.parametrize("flow", [ONE_SHOT, BLOCKS])
-def test_consistency_with_a_step_nearer_to_the_data(flow: FlowConfig) -> None:
+@pytest.mark.parametrize("token_likelihood", [True, False])
+def test_token_cross_entropy_with_the_likelihood_of_noisy_latents_and_without_it(token_likelihood: bool) -> None:
+    recipe = make_recipe(replace(BLOCKS, token_likelihood=token_likelihood))
+    inputs = recipe.prepare(make_batch(), step=0).inputs
+    (logits,) = predictions(recipe, inputs)
+    z, t = noisy_of(inputs, Linear())
+    table = recipe.module.table
+    assert table is not None
+    if token_likelihood:
+        off = (z[..., None, :] - (1 - t)[..., None] * table) / t.clamp(min=0.05)[..., None]
+        logits = logits - off.square().sum(dim=-1) / 2
+    counted = inputs["loss_mask"]
+    expected = torch.nn.functional.cross_entropy(logits[counted], inputs["tokens"][counted], reduction="sum")
+    torch.testing.assert_close(recipe.module(**inputs).loss_sums["flow"], expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("flow", [ONE_SHOT, replace(ONE_SHOT, objective="x0"), BLOCKS])
+def test_the_self_condition_is_the_first_passes_estimate_without_gradient(flow: FlowConfig) -> None:
+    flow = replace(flow, self_conditioning_probability=0.5)
+    output: Any = "tokens" if flow.objective == "token_cross_entropy" else "latent"
+    recipe = make_recipe(flow, network=TextDiTConfig(trunk=TRUNK, output=output, self_conditioning=True))
+    inputs = recipe.prepare(make_batch(), step=0).inputs | {"self_condition": True}
+    first, second = calls(recipe, inputs)
+    z, t = noisy_of(inputs, Linear())
+    noisy = t[..., 0] > 0
+    assert first.self_condition is None and second.self_condition is not None
+    assert torch.equal(first.latents, z) and torch.equal(second.latents, z)
+    estimate = recipe.module.x0(z, t[..., 0], first.predicted)
+    torch.testing.assert_close(second.self_condition[noisy], estimate[noisy])
+    assert not second.self_condition.requires_grad and second.predicted.requires_grad
+    (alone,) = calls(recipe, inputs | {"self_condition": False})
+    assert alone.self_condition is None
+
+
+@pytest.mark.parametrize(("flow", "feeds_back"), [(ONE_SHOT, False), (BLOCKS, False), (ONE_SHOT, True), (BLOCKS, True)])
+def test_consistency_with_a_step_nearer_to_the_data(flow: FlowConfig, feeds_back: bool) -> None:
     consistency = ConsistencyConfig(weight=0.5, steps=4, warmup_steps=10)
     flow = replace(flow, consistency=consistency, timesteps=TimestepConfig(distribution="uniform"))
-    recipe = make_recipe(flow)
+    flow = replace(flow, self_conditioning_probability=0.5 if feeds_back else 0.0)
+    output_kind: Any = "tokens" if flow.objective == "token_cross_entropy" else "latent"
+    network = TextDiTConfig(trunk=TRUNK, output=output_kind, self_conditioning=feeds_back)
+    recipe = make_recipe(flow, network=network)
     prepared = recipe.prepare(make_batch(), step=0)
-    inputs, module = prepared.inputs, recipe.module
+    inputs, module = prepared.inputs | {"self_condition": feeds_back}, recipe.module
     z, t = noisy_of(inputs, Linear())
     earlier = (t - 0.25).clamp(min=0.0)
     torch.testing.assert_close(inputs["earlier_timesteps"][inputs["timestep_index"]], earlier[..., 0])
-    first, second = predictions(recipe, inputs)
-    x0 = module.x0(z, t[..., 0], first)
+    *_, here, there = calls(recipe, inputs)
+    x0 = module.x0(z, t[..., 0], here.predicted)
     nearer = torch.where(t > 0, x0 + earlier / t * (z - x0), z)
-    goal = torch.where(earlier > 0, module.x0(nearer, earlier[..., 0], second), inputs["latents"])
+    goal = torch.where(earlier > 0, module.x0(nearer, earlier[..., 0], there.predicted), inputs["latents"])
+    asked = earlier[..., 0] > 0
+    torch.testing.assert_close(there.latents[asked], nearer[asked])
+    assert torch.equal(there.timesteps, inputs["earlier_timesteps"])
+    assert (there.self_condition is not None) == feeds_back
+    if there.self_condition is not None:
+        torch.testing.assert_close(there.self_condition[asked], x0[asked])
     expected = ((x0 - goal).square().mean(-1) * inputs["loss_mask"]).sum()
     output = module(**inputs)
     torch.testing.assert_close(output.loss_sums["consistency"], expected, rtol=1e-4, atol=1e-3)
@@ -128,7 +189,7 @@ def test_consistency_with_a_step_nearer_to_the_data(flow: FlowConfig) -> None:
     ((found),) = torch.autograd.grad(output.loss_sums["consistency"], parameter)
     ((by_hand),) = torch.autograd.grad(
         (
-            (module.x0(z, t[..., 0], predictions(recipe, inputs)[0]) - goal.detach()).square().mean(-1)
+            (module.x0(z, t[..., 0], predictions(recipe, inputs)[-2]) - goal.detach()).square().mean(-1)
             * inputs["loss_mask"]
         ).sum(),
         parameter,
@@ -213,7 +274,22 @@ def test_axes_of_one_shot_alone(flow: FlowConfig, message: str) -> None:
     ("flow", "network", "message"),
     [
         (replace(BLOCKS, null_condition="zeros"), TextDiTConfig(), "dit.flow.null_condition zeros: only in one shot"),
-        (replace(ONE_SHOT, noise_copies=2), TextDiTConfig(), "dit.flow.noise_copies: only in blocks"),
+        *(
+            (replace(ONE_SHOT, **{name: value}), TextDiTConfig(), f"dit.flow.{name}: only in blocks")
+            for name, value in {
+                "noise_copies": 2,
+                "posterior": "sample",
+                "timestep_per": "segment",
+                "partial_block_probability": 0.1,
+            }.items()
+        ),
+        (
+            replace(BLOCKS, unconditional_probability=0.0),
+            TextDiTConfig(),
+            "unconditional_probability: only in one shot",
+        ),
+        (replace(BLOCKS, context_fraction=(0.2, 0.8)), TextDiTConfig(), "dit.flow.context_fraction: only in one shot"),
+        (replace(ONE_SHOT, min_segment_tokens=2), TextDiTConfig(), "dit.flow.min_segment_tokens: windows are not cut"),
         (ONE_SHOT, TextDiTConfig(self_conditioning=True), "dit.network.self_conditioning: true needs dit.flow"),
     ],
 )
@@ -230,6 +306,7 @@ def test_what_would_have_no_effect_is_refused(flow: FlowConfig, network: TextDiT
         (SamplingConfig(temperature=0.5), "temperature needs"),
         (SamplingConfig(solver="ancestral"), "solver ancestral needs"),
         (SamplingConfig(block_tokens=2), "block_tokens 2: the model is trained in one shot"),
+        (SamplingConfig(history="latents"), "history latents is for blocks"),
     ],
 )
 def test_a_training_refuses_previews_that_its_model_cannot_write(sampling: SamplingConfig, message: str) -> None:
@@ -237,6 +314,54 @@ def test_a_training_refuses_previews_that_its_model_cannot_write(sampling: Sampl
         check_effects(TextDiTConfig(), ONE_SHOT, sampling, "dit")
     by_tokens = replace(BLOCKS, objective="token_cross_entropy")
     check_effects(TextDiTConfig(output="tokens"), by_tokens, SamplingConfig(temperature=0.5), "dit")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"condition_dropout": 1.7},
+        {"infill_probability": -0.1},
+        {"context_fraction": (0.9, 0.1)},
+        {"context_fraction": (0.5, 1.5)},
+        {"block_tokens": -2},
+        {"noise_copies": 0},
+        {"min_segment_tokens": 0},
+        {"latent_weight": -1.0},
+        {"consistency": ConsistencyConfig(weight=-1.0)},
+    ],
+)
+def test_a_process_that_cannot_be_is_refused_by_its_field(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"flow.{next(iter(wrong))}"):
+        FlowConfig(**wrong)
+
+
+@pytest.mark.parametrize("objective", ["x0", "token_cross_entropy"])
+def test_at_given_tokens_the_self_condition_is_what_a_sampler_feeds_back(objective: str) -> None:
+    """Their clean latents: nothing is lost where the network is told them, so its own estimate there is anything."""
+    output = "tokens" if objective == "token_cross_entropy" else "latent"
+    network = TextDiTConfig(trunk=TRUNK, self_conditioning=True, output=output)  # type: ignore[arg-type]
+    flow = replace(
+        BLOCKS,
+        objective=objective,
+        token_likelihood=False,
+        partial_block_probability=0.9,
+        self_conditioning_probability=1.0,
+    )  # type: ignore[arg-type]
+    recipe = make_recipe(flow, network=network)
+    inputs = recipe.prepare(make_batch(), step=0).inputs
+    fed: list[Tensor] = []
+    hook = recipe.module.network.register_forward_pre_hook(
+        lambda module, args, kwargs: (
+            fed.append(kwargs["self_condition"]) if kwargs.get("self_condition") is not None else None
+        ),
+        with_kwargs=True,
+    )
+    recipe.module(**inputs)
+    hook.remove()
+    given = (inputs["timestep_index"] == 0) & inputs["layout"].real
+    assert bool(given.any()) and torch.equal(fed[0][given], inputs["latents"][given])
+    noisy = (inputs["timestep_index"] > 0) & inputs["layout"].real
+    assert not torch.allclose(fed[0][noisy], inputs["latents"][noisy])
 
 
 @pytest.mark.parametrize(("objective", "latent_loss"), [("x0", "velocity"), ("velocity", "x0"), ("x0", "own")])

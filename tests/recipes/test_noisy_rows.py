@@ -82,14 +82,42 @@ def test_the_contexts_share_of_a_segment() -> None:
         assert float(given.min()) > 0.41 and float(given.max()) < 0.59
 
 
-def test_noisy_copies_of_a_row_have_noise_of_their_own() -> None:
+def test_noisy_copies_of_a_row_have_noise_and_timesteps_of_their_own() -> None:
     one, two = (make_recipe(replace(BLOCKS, noise_copies=copies)) for copies in (1, 2))
     batch = make_batch()
     first, both = (recipe.prepare(batch, step=0) for recipe in (one, two))
     assert both.inputs["noise"].shape[1] == 2 * first.inputs["noise"].shape[1]
     halves = both.inputs["noise"].chunk(2, dim=1)
     assert not torch.equal(*halves)
+    one_t, other_t = both.inputs["timesteps"][both.inputs["timestep_index"]].chunk(2, dim=1)
+    assert bool((one_t != other_t)[(one_t > 0) & (other_t > 0)].all())
     assert both.inputs["loss_mask"].sum() > 1.5 * first.inputs["loss_mask"].sum()
+
+
+def test_the_share_of_segments_whose_blocks_see_no_history() -> None:
+    batch = make_batch(rows=200)
+    recipe = make_recipe(replace(BLOCKS, condition_dropout=0.3))
+    mask = recipe.prepare(batch, step=0).inputs["mask"].dense[:, 0]
+    ends_of_segments = mask[:, [11, 20], :24].any(dim=-1)
+    assert 1 - float(ends_of_segments.double().mean()) == pytest.approx(0.3, abs=0.07)
+
+
+def test_a_noisy_token_is_told_its_left_neighbour_where_that_is_clean() -> None:
+    """It is clean if the token sees it in the clean copy, or if it is given in the noisy copy's own block."""
+    flow = replace(BLOCKS, condition_dropout=0.5, partial_block_probability=0.5, noise_copies=2)
+    batch = make_batch(rows=8)
+    inputs = make_recipe(flow).prepare(batch, step=0).inputs
+    given, seen = inputs["timestep_index"] == 0, inputs["mask"].dense[:, 0]
+    cases = set()
+    for row, column in inputs["layout"].real.nonzero().tolist():
+        at = column % 24
+        position = int(batch.position[row, at])
+        in_history = position > 0 and bool(seen[row, column, at - 1])
+        in_block = position % 4 > 0 and bool(given[row, column - 1])
+        expected = int(batch.tokens[row, at - 1]) if in_history or in_block else -1
+        assert int(inputs["neighbours"][row, column]) == expected, (row, column)
+        cases.add((position == 0, position % 4 == 0, in_history, in_block, column // 24))
+    assert len(cases) == 2 * 5
 
 
 def test_a_prefix_does_not_see_its_target() -> None:
@@ -137,17 +165,21 @@ def test_cut_segments_are_parts_of_windows(lengths: Any, least: int, seed: int) 
             assert cut.position[row][own].tolist() == list(range(int(own.sum())))
 
 
-def test_lengths_of_cut_segments_follow_their_distribution() -> None:
+@pytest.mark.parametrize("least", [8, 32])
+def test_lengths_of_cut_segments_follow_their_distribution(least: int) -> None:
     rows, columns = 400, 512
     zeros, places = torch.zeros(rows, columns, dtype=torch.long), torch.arange(columns).expand(rows, -1)
     batch = TokenBatch(zeros, zeros, places, torch.arange(rows), [["d"]] * rows)
     found = {}
     for kind in ("uniform", "log_uniform"):
-        cut = cut_segments(FlowConfig(segment_lengths=kind, min_segment_tokens=8), batch, draws(batch.row_index))  # type: ignore[arg-type]
+        flow = FlowConfig(segment_lengths=kind, min_segment_tokens=least)  # type: ignore[arg-type]
+        cut = cut_segments(flow, batch, draws(batch.row_index))
         found[kind] = (cut.segment == 0).sum(dim=1).double()  # of the first segments, which nothing else cuts
-    assert float(found["uniform"].mean()) == pytest.approx((8 + 512) / 2, rel=0.08)
-    assert float(found["log_uniform"].log().mean()) == pytest.approx(math.log(8 * 512) / 2, rel=0.03)
-    assert float((found["log_uniform"] < 32).double().mean()) == pytest.approx(math.log(4) / math.log(64), abs=0.06)
+        assert int(found[kind].min()) >= least
+    assert float(found["uniform"].mean()) == pytest.approx((least + 512) / 2, rel=0.08)
+    assert float(found["log_uniform"].log().mean()) == pytest.approx(math.log(least * 512) / 2, rel=0.03)
+    short = math.log(4) / math.log(512 / least)
+    assert float((found["log_uniform"] < 4 * least).double().mean()) == pytest.approx(short, abs=0.06)
     untouched = cut_segments(FlowConfig(), batch, draws(batch.row_index))
     assert untouched is batch
 

@@ -1,19 +1,27 @@
 """TextDiT's rows: what the network may see, what the loss counts, and that randomness belongs to the row."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatext.config import ConfigError
 from megatext.data.packing import TokenBatch
-from megatext.flow.timesteps import TimestepConfig
+from megatext.data.stream import DataConfig
+from megatext.flow.timesteps import AdaptiveTimestepConfig, TimestepConfig, probabilities_of
+from megatext.generation.text_generator import TextGenerator
 from megatext.nn.blocks import TrunkConfig
 from megatext.nn.dit import TextDiTConfig
 from megatext.nn.text_vae import TextVAE, TextVAEConfig
 from megatext.recipes.denoiser import make_denoiser
+from megatext.recipes.draws import RowDraws
 from megatext.recipes.flow_config import FlowConfig
-from megatext.recipes.text_dit import TextDiTRecipe, TextDiTRecipeConfig
+from megatext.recipes.pretrained import write_model
+from megatext.recipes.sampling import SamplingConfig
+from megatext.recipes.text_dit import PretrainDiTConfig, TextDiTRecipe, TextDiTRecipeConfig
+from megatext.tokenizer import load_tokenizer
 from tests.recipes.rows import make_batch
 
 TRUNK = TrunkConfig(layers=2, width=16, heads=2)
@@ -34,10 +42,24 @@ def make_recipe(flow: FlowConfig, *, local: bool = True, network: TextDiTConfig 
     recipe = object.__new__(TextDiTRecipe)
     recipe.config, recipe.seed, recipe.flow, recipe.vae, recipe.eos_id = config, 3, flow, vae, 2
     recipe.module = make_denoiser(config.network, config.flow, vae, frozen=True)
+    randomise(recipe)
+    return recipe
+
+
+def randomise(recipe: TextDiTRecipe) -> None:
     with torch.no_grad():
         for parameter in recipe.module.parameters():
             parameter.copy_(torch.randn(parameter.shape) * 0.3)
-    return recipe
+
+
+def build_recipe(directory: Path, tokenizer: Path, config: TextDiTRecipeConfig) -> TextDiTRecipe:
+    """A recipe as a launcher builds it, on an exported VAE with random weights."""
+    torch.manual_seed(0)
+    sizes = TextVAEConfig(latent_channels=6, encoder=replace(TRUNK, layers=0), decoder=TRUNK)
+    vae = TextVAE(sizes, load_tokenizer(tokenizer).vocab_size)
+    write_model(directory / "vae", "text_vae", sizes, vae.state_dict(), tokenizer=tokenizer)
+    config = replace(config, vae=str(directory / "vae"))
+    return TextDiTRecipe(PretrainDiTConfig(run_dir="", max_steps=1, data=DataConfig("shards"), dit=config))
 
 
 @pytest.mark.parametrize(("flow", "local"), [(ONE_SHOT, False), (ONE_SHOT, True), (BLOCKS, True)])
@@ -143,6 +165,116 @@ def test_self_conditioning_sees_the_first_estimate() -> None:
         float(recipe.module(**(inputs | {"self_condition": c})).loss_sums["flow"].detach()) for c in (False, True)
     ]
     assert losses[0] != losses[1]
+
+
+def test_what_enters_a_column_moves_with_its_left_neighbour() -> None:
+    network = TextDiTConfig(trunk=TRUNK, output="tokens", token_embedding=True)
+    recipe = make_recipe(replace(BLOCKS, partial_block_probability=0.5), network=network)
+    inputs = recipe.prepare(make_batch(), step=0).inputs
+    entered: list[torch.Tensor] = []
+    recipe.module.network.trunk.register_forward_pre_hook(lambda module, args: entered.append(args[0].detach()))
+    neighbours = inputs["neighbours"]
+    told = neighbours >= 0
+    for others in (neighbours, torch.where(told, (neighbours + 7) % 60, -1), torch.full_like(neighbours, -1)):
+        recipe.module(**(inputs | {"neighbours": others}))
+    own, others, without = entered[1::2]
+    table = recipe.module.network.neighbour_embedding.weight.detach() * TRUNK.width**0.5
+    expected = table[neighbours].masked_fill(~told[..., None], 0.0)
+    assert told.any() and not told.all()
+    torch.testing.assert_close(own - without, expected, rtol=1e-4, atol=1e-5)
+    moved = table[(neighbours + 7) % 60].masked_fill(~told[..., None], 0.0)
+    torch.testing.assert_close(others - own, moved - expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("posterior", ["mean", "sample"])
+def test_latents_of_blocks_are_means_of_the_posterior_or_samples(posterior: Any) -> None:
+    recipe, batch = make_recipe(FlowConfig(block_tokens=4, posterior=posterior)), make_batch()
+    recipe.vae.latent_mean.fill_(0.3)
+    recipe.vae.latent_std.fill_(2.0)
+    inputs = recipe.prepare(batch, step=0).inputs
+    latents, log_variance, _ = recipe.vae.encode(batch.tokens, recipe.vae.layout(batch.segment, batch.position))
+    if posterior == "sample":
+        noise = RowDraws(3, "train", batch.row_index).normal("posterior", (24, 6), torch.device("cpu"))
+        latents = latents + (log_variance / 2).exp() * noise
+    torch.testing.assert_close(inputs["latents"], (latents - 0.3) / 2.0)
+    torch.testing.assert_close(inputs["history"].latents, (latents - 0.3) / 2.0)
+
+
+def test_targets_of_one_shot_are_samples_of_the_posterior_and_contexts_its_means() -> None:
+    recipe, batch = make_recipe(replace(ONE_SHOT, condition_dropout=0.0), local=False), make_batch()
+    recipe.vae.latent_mean.fill_(0.3)
+    recipe.vae.latent_std.fill_(2.0)
+    inputs = recipe.prepare(batch, step=0).inputs
+    layout = inputs["layout"]
+    mean, log_variance, _ = recipe.vae.encode(batch.tokens, layout.separated())
+    noise = RowDraws(3, "train", batch.row_index).normal("posterior", (24, 6), torch.device("cpu"))
+    latents = torch.where((layout.role == 1)[..., None], mean + (log_variance / 2).exp() * noise, mean)
+    assert (layout.role[layout.real] == 0).any() and (layout.role[layout.real] == 1).any()
+    torch.testing.assert_close(inputs["latents"], (latents - 0.3) / 2.0)
+
+
+@pytest.mark.parametrize("flow", [replace(ONE_SHOT, eos_padding_tokens=3), BLOCKS])
+def test_segments_are_cut_and_padded_with_ends_of_text_in_training(flow: FlowConfig) -> None:
+    flow = replace(flow, segment_lengths="log_uniform", min_segment_tokens=2, condition_dropout=0.0)
+    recipe, batch = make_recipe(flow), make_batch(rows=40)
+    batch.tokens[:, 20] = 2  # where the rows' texts end
+    inputs = recipe.prepare(batch, step=0).inputs
+    layout = inputs["layout"]
+    assert layout.segment.max() > 1  # more of them than windows
+    added = layout.real & (batch.segment < 0)
+    assert bool(added.any()) == (flow.eos_padding_tokens > 0)
+    assert (inputs["tokens"][added] == 2).all() and inputs["loss_mask"][added].all()
+    plain = recipe.prepare(batch, step=0, purpose="validation").inputs
+    assert plain["layout"].segment.max() == 1
+
+
+def test_adaptive_timesteps_are_drawn_from_and_follow_the_loss() -> None:
+    adaptive = AdaptiveTimestepConfig(bins=4, decay=0.5, refresh_steps=2)
+    recipe = make_recipe(replace(ONE_SHOT, adaptive_timesteps=adaptive))
+    sampler, seen = recipe.module.timesteps, {}
+    assert sampler is not None
+    for favoured in (0, 3):
+        sampler.probabilities.fill_(0.01)[favoured] = 0.97
+        for purpose in ("train", "validation"):
+            seen[purpose, favoured] = recipe.prepare(make_batch(rows=100), step=0, purpose=purpose).inputs["timesteps"]
+        drawn = (seen["train", favoured][1:] * 4).long()
+        assert float((drawn == favoured).double().mean()) == pytest.approx(0.97, abs=0.05)
+    assert torch.equal(seen["validation", 0], seen["validation", 3])
+    sampler.probabilities.fill_(0.25)
+    for step, applied in enumerate((True, False, True, True)):
+        recipe.module(**recipe.prepare(make_batch(rows=100, seed=step), step=step).inputs)
+        before = sampler.loss_count.clone()
+        recipe.end_of_step(step, applied)
+        assert torch.equal(sampler.loss_count, before) != applied
+    assert bool((sampler.loss_count > 0).all())
+    found = probabilities_of(sampler.loss_sum, sampler.loss_count, adaptive.floor).float()
+    torch.testing.assert_close(sampler.probabilities, found)
+    assert not torch.equal(found, torch.full((4,), 0.25))
+
+
+def test_previews_and_exports_follow_the_sampling_and_the_timesteps_that_were_found(
+    tmp_path: Path, tokenizer_directory: Path
+) -> None:
+    flow = replace(ONE_SHOT, adaptive_timesteps=AdaptiveTimestepConfig(bins=4))
+    own = SamplingConfig(steps=3)
+    config = TextDiTRecipeConfig(network=TextDiTConfig(trunk=TRUNK), flow=flow, sampling=own)
+    recipe = build_recipe(tmp_path, tokenizer_directory, config)
+    randomise(recipe)
+    assert recipe.module.timesteps is not None
+    shares = (0.0625, 0.0625, 0.125, 0.75)
+    recipe.module.timesteps.probabilities.copy_(torch.tensor(shares))
+    timesteps = TimestepConfig(distribution="bins", probabilities=shares)
+    generator = TextGenerator(recipe.module, recipe.vae, load_tokenizer(tokenizer_directory), SamplingConfig())
+    asked: dict[str, Any] = {"target_tokens": [32] * 4, "seeds": [5, 6, 7, 8]}
+    on_other_timesteps = generator.generate([""] * 4, **asked, sampling=own)
+    generator.flow = replace(flow, timesteps=timesteps)
+    written = generator.generate([""] * 4, **asked, sampling=own)
+    assert written not in (on_other_timesteps, generator.generate([""] * 4, **asked))
+    assert recipe.preview(5) == written
+    recipe.export(recipe.module.state_dict(), tmp_path / "export")
+    exported = TextGenerator.from_pretrained(tmp_path / "export")
+    assert exported.flow.timesteps == timesteps and exported.sampling == own
+    assert exported.generate([""] * 4, **asked) == written
 
 
 @pytest.mark.parametrize(

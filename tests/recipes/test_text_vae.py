@@ -78,6 +78,58 @@ def test_truncation_shortens_segments_from_the_right_in_training_only() -> None:
     assert torch.equal(whole.segment, batch.segment)
 
 
+def test_truncation_cuts_its_share_of_the_segments_at_uniform_lengths() -> None:
+    recipe = make_recipe(TextVAERecipeConfig(network=NETWORK, truncation=0.3))
+    batch = make_batch(rows=400, row_tokens=64)
+    seen = recipe.prepare(batch, step=0).inputs["layout"].segment
+    kept = torch.cat([(seen == segment).sum(1) / (batch.segment == segment).sum(1) for segment in (0, 1)])
+    shortened = kept[kept < 1]  # a cut may keep all of the 32 or 29 tokens
+    assert len(shortened) / len(kept) == pytest.approx(0.3 * (1 - 1 / 30), abs=0.05)
+    assert float(shortened.mean()) == pytest.approx(0.5, abs=0.06)
+    assert float(shortened.min()) < 0.1 and float(shortened.max()) > 0.9
+
+
+def test_the_decoders_noise_has_one_level_a_segment_uniform_up_to_the_maximum() -> None:
+    recipe, batch = make_recipe(TextVAERecipeConfig(network=NETWORK, decoder_noise=0.8)), make_batch(rows=1000)
+    level = recipe.prepare(batch, step=0).inputs["noise_level"]
+    first, second = level[:, 0], level[:, 12]
+    assert torch.equal(level.where(batch.segment == 0, first[:, None]), first[:, None].expand_as(level))
+    assert torch.equal(level.where(batch.segment == 1, second[:, None]), second[:, None].expand_as(level))
+    levels = torch.cat((first, second)).sort().values
+    assert levels.unique().numel() > 1990
+    torch.testing.assert_close(levels, 0.8 * (torch.arange(2000) + 0.5) / 2000, rtol=0, atol=0.8 * 0.04)
+
+
+def test_the_masking_loss_is_the_cross_entropy_of_tokens_the_encoder_did_not_see() -> None:
+    network_config = replace(NETWORK, mask_token=True, latent_norm="none")
+    config = TextVAERecipeConfig(network=network_config, mask_weight=0.7, mask_probability=0.4)
+    recipe, batch = make_recipe(config), make_batch()
+    prepared = recipe.prepare(batch, step=0)
+    output = recipe.module(**prepared.inputs)
+    hidden, network = prepared.inputs["hidden"], recipe.module.network
+    assert recipe.loss_weights(0)["mask"] == 0.7
+    at = torch.zeros_like(batch.tokens, dtype=torch.bool)
+    for row in range(len(at)):
+        at[row, hidden.at[row][hidden.counted[row]]] = True
+    assert at.sum(1).tolist() == [round(0.4 * 21)] * 4 and not (at & (batch.segment < 0)).any()
+    assert float(prepared.counts["mask"]) == float(at.sum())
+    mean, log_variance, _ = network.encode(batch.tokens.masked_fill(at, 60), prepared.inputs["layout"])
+    latents = mean + (0.5 * log_variance).exp() * prepared.inputs["posterior_noise"]
+    logits = network.decode(latents, prepared.inputs["layout"])
+    expected = torch.nn.functional.cross_entropy(logits[at], batch.tokens[at], reduction="sum")
+    torch.testing.assert_close(output.loss_sums["mask"], expected, rtol=1e-4, atol=1e-3)
+    own = hidden.loss_sum(network, batch.tokens, prepared.inputs["layout"], prepared.inputs["posterior_noise"])
+    assert torch.equal(output.loss_sums["mask"], own)
+    without = make_recipe(replace(config, mask_weight=0.0))
+    prepared = without.prepare(batch, step=0)
+    losses = without.module(**prepared.inputs).loss_sums
+    assert "hidden" not in prepared.inputs
+    assert set(losses) == set(prepared.counts) == set(without.loss_weights(0)) == {"reconstruction", "kl"}
+    assert torch.equal(losses["reconstruction"], output.loss_sums["reconstruction"])
+    with pytest.raises(ConfigError, match="mask_token"):
+        make_recipe(replace(config, network=NETWORK))
+
+
 @pytest.mark.parametrize(("repa_projector", "layers"), [("linear", 1), ("mlp", 2)])
 def test_repa_is_the_cosine_to_standardised_states(repa_projector: str, layers: int) -> None:
     statistics = TeacherStatistics(torch.randn(8), torch.rand(8) + 0.5, causal=True)

@@ -14,8 +14,10 @@ from megatext.nn.blocks import TrunkConfig, initialise
 from megatext.nn.dit import TextDiT, TextDiTConfig
 from megatext.nn.layout import Layout
 from megatext.recipes.pretrained import read_description, weights_hash, write_model
+from megatext.recipes.text_dit import TextDiTRecipeConfig
 from megatext.recipes.warm_start import load_language_model
 from megatext.tokenizer import load_tokenizer
+from tests.recipes.test_text_dit import BLOCKS, build_recipe
 
 TRUNK = TrunkConfig(layers=3, width=32, heads=4, mlp_ratio=2.75, mlp="swiglu", norm="rms", initial_gate=1.0)
 NETWORK = TextDiTConfig(trunk=TRUNK, output="tokens", token_embedding=True, role_embedding=False, unit_input=False)
@@ -95,6 +97,23 @@ def test_another_tokenizer_and_another_folder_are_refused(language_model: Path, 
         load_language_model(network, language_model, "another")
     with pytest.raises(ConfigError, match=r"no config\.json"):
         load_language_model(network, tmp_path, "another")
+
+
+def test_a_recipe_starts_from_the_language_model_and_its_export_says_so(language_model: Path, tmp_path: Path) -> None:
+    config = TextDiTRecipeConfig(network=NETWORK, flow=BLOCKS, warm_start=str(language_model))
+    recipe = build_recipe(tmp_path, language_model, config)
+    lm = AutoModelForCausalLM.from_pretrained(language_model).model
+    network = recipe.module.network
+    assert torch.equal(network.trunk.get_parameter("norm.weight"), lm.norm.weight)
+    for number, layer in enumerate(lm.layers):
+        name = f"blocks.{number}.mlp.down.weight"
+        assert torch.equal(network.trunk.get_parameter(name), layer.mlp.down_proj.weight)
+    assert network.token_embedding is not None
+    for embedding in (network.token_embedding, network.neighbour_embedding, network.head):
+        assert torch.equal(embedding.weight, lm.embed_tokens.weight)
+    assert recipe.built_on["dit.warm_start"] == weights_hash(language_model)
+    recipe.export(recipe.module.state_dict(), tmp_path / "out")
+    assert read_description(tmp_path / "out", "text_dit")["warm_start_hash"] == weights_hash(language_model)
 
 
 def test_export_remembers_what_it_started_from(language_model: Path, tmp_path: Path) -> None:
