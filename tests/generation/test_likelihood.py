@@ -204,14 +204,14 @@ def test_an_estimate_asks_the_network_where_its_configuration_says(tmp_path: Pat
         strata = list(itertools.pairwise(s ** (1 - i / steps) for i in range(steps + 1)))
         for config in (LikelihoodConfig("variational"), LikelihoodConfig("ode")):
             asked.clear()
-            config = replace(config, seeds=1, steps=steps, smallest_timestep=s)
+            config = replace(config, seeds=2, steps=steps, smallest_timestep=s)
             (found,) = generator.log_likelihood(["the cat"], ["sat on"], config)
-            first, *others = asked
-            assert first == pytest.approx(s)
-            if config.estimator == "ode":
-                assert others == pytest.approx([t for stratum in strata for t in stratum])
-            else:
-                assert all(low < t < high for t, (low, high) in zip(others, strata, strict=True))
+            for first, *others in (asked[: len(asked) // 2], asked[len(asked) // 2 :]):
+                assert first == pytest.approx(s)
+                if config.estimator == "ode":
+                    assert others == pytest.approx([t for stratum in strata for t in stratum])
+                else:
+                    assert all(low < t < high for t, (low, high) in zip(others, strata, strict=True))
             nats.append(found.nats)
     assert all(abs(a - b) > 0.1 for a, b in itertools.combinations(nats, 2))
 
