@@ -85,7 +85,7 @@ class FlowConfig:
     """Windows are segments as they are, or are cut into segments of random lengths from min_segment_tokens to a whole
     row. TextLDM samples lengths uniformly; short texts are rare then, unless they are log-uniform."""
     min_segment_tokens: int = 8
-    """The shortest that is drawn; the end of a window may be shorter."""
+    """The shortest that is drawn; the ends of a window may be shorter."""
     eos_padding_tokens: int = 0
     """Up to so many ends of text after a segment, in its target, so that the model learns to end within a given room
     (`length: eos`). Needs data.packed: false and rows longer than windows."""

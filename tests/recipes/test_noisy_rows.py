@@ -172,7 +172,7 @@ def test_lengths_of_cut_segments_follow_their_distribution(least: int) -> None:
     batch = TokenBatch(zeros, zeros, places, torch.arange(rows), [["d"]] * rows)
     found = {}
     for kind in ("uniform", "log_uniform"):
-        flow = FlowConfig(segment_lengths=kind, min_segment_tokens=least)  # type: ignore[arg-type]
+        flow = FlowConfig(segment_lengths=kind, min_segment_tokens=least)
         cut = cut_segments(flow, batch, draws(batch.row_index))
         found[kind] = (cut.segment == 0).sum(dim=1).double()  # of the first segments, which nothing else cuts
         assert int(found[kind].min()) >= least
