@@ -96,6 +96,38 @@ def lengths_plot(results: dict[str, Any], words: dict[str, list[int]]) -> bytes 
     return to_png(figure)
 
 
+def gaps_plot(results: dict[str, Any]) -> bytes | None:
+    """Of rows that name their group: G and, beside it, entropy, a line a group and sampling, the lowest G on top; means
+    over seeds with their deviations, of one seed with the metric's own error. The dashed line is human text."""
+    found = [
+        (spot, point) for point in points(results["systems"]) if (spot := _spot(point, ("entropy", "gap", "", "")))
+    ]
+    if not found:
+        return None
+    found.sort(key=lambda pair: -pair[0][1][0])
+    human = next((s for s in results["systems"] if s["system"] == "human"), None)
+    figure, (axes,) = new_figure(1, 2, width=11, height=0.19 * len(found) + 1.1)
+    places = range(len(found))
+    for ax, axis, heading, key in (
+        (axes[0], 1, "judge gap G", "gap"),
+        (axes[1], 0, "unigram entropy, nats", "entropy"),
+    ):
+        values, errors = ([spot[axis][i] for spot, _ in found] for i in (0, 1))
+        colors = [COLORS[0] if len(point.rows) > 1 else _GREY for _, point in found]
+        for place, value, error, color in zip(places, values, errors, colors, strict=True):
+            ax.errorbar(value, place, xerr=error, fmt="o", ms=4, color=color, elinewidth=1)
+        if human is not None and (at := number(human, key)) is not None:
+            ax.axvline(at, color=_GREY, lw=0.8, ls="--")
+        ax.set_ylim(-0.7, len(found) - 0.3)
+        ax.set(xlabel=heading)
+    axes[0].set_yticks(places, [point.name for _, point in found], fontsize=8)
+    axes[1].set_yticks(places, [""] * len(found))
+    axes[0].plot([], [], "o", ms=4, color=COLORS[0], label="several seeds")
+    axes[0].plot([], [], "o", ms=4, color=_GREY, label="one seed")
+    axes[0].legend(fontsize=8, loc="lower left", frameon=False)
+    return to_png(figure)
+
+
 _PLANES = (
     ("entropy", "gap", "unigram entropy, nats (band: human ± 0.5)", "judge gap G"),
     ("distinct2", "mauve", "distinct-2", "MAUVE"),

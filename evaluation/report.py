@@ -330,6 +330,7 @@ def _draw(tasks: Sequence[TaskResults], runs: Sequence[Path]) -> dict[str, bytes
         drawn[f"{task.name}_metrics"] = plots.metrics_plot(task.results)
         drawn[f"{task.name}_lengths"] = plots.lengths_plot(task.results, {k: v for k, v in words.items() if v})
         drawn[f"{task.name}_quality"] = plots.quality_plot(task.results)
+        drawn[f"{task.name}_gaps"] = plots.gaps_plot(task.results)
     drawn["reconstruction"] = plots.reconstruction_plot(runs)
     drawn |= {f"loss_{run.name}": plots.loss_plot(run) for run in runs}
     drawn |= {f"timesteps_{run.name}": plots.timesteps_plot(run) for run in runs}

@@ -49,3 +49,5 @@ def test_a_report_has_their_table_and_their_curves() -> None:
     assert "| a, guidance scale 1.0 | 3 | 0.500 (±0.361) |" in texts and "| b | 1 | 0.700 |" in texts
     assert report._seeds_table(TaskResults("none", task.manifest, {"systems": ROWS[:1], "notes": []}, {})) is None
     assert (plots.quality_plot(results) or b"").startswith(b"\x89PNG")
+    assert (plots.gaps_plot(results) or b"").startswith(b"\x89PNG")
+    assert plots.gaps_plot({"systems": ROWS[:1]}) is None
