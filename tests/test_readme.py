@@ -106,3 +106,19 @@ def test_the_commands_of_the_paper_s_tables_fit_together() -> None:
         rows = load_systems(ROOT / f"launch/configs/textldm/{table}.yaml")
         own = {row.system.partition(":")[2] for row in rows if "runs/" in row.system}
         assert own <= set(models) and len(own) >= 5
+
+
+def anchors_of(page: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_links_of_the_documentation_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        if "://" not in link:
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors_of(target), link
