@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.cache import Cache, key_of
-from evaluation.generation import Settings, cache_of, item_key, items_of
+from evaluation.generation import Settings, cache_of, item_key, items_of, likelihoods_of
 from evaluation.manifest import Manifest
 from evaluation.scorers import bertscore_key, feature_key, feature_texts, nll_key, pair_key
 from evaluation.scoring import Models, ScoreConfig
@@ -57,7 +57,12 @@ def _plan_traces_and_likelihoods(
     """The traces and likelihoods of the first texts, where the row asks for them."""
     ways: tuple[tuple[str, int, Callable[[list[Item]], object], int], ...] = (
         ("traces", entry.trace, lambda some: [system.trace(item, settings.seed) for item in some], 1),
-        ("likelihoods", entry.likelihood, lambda some: system.log_likelihood(some, settings.seed), 4),
+        (
+            likelihoods_of(entry),
+            entry.likelihood,
+            lambda some: system.log_likelihood(some, settings.seed, **entry.likelihood_by),
+            4,
+        ),
     )
     for kind, count, find, most in ways:
         first = items[:count]
@@ -66,7 +71,7 @@ def _plan_traces_and_likelihoods(
             todo = [item for item in first if item_key(item) in missing]
             weights = [len(item.prefix) + len(item.target) for item in todo]
             seconds = _probe(lambda places: find([todo[p] for p in places]), weights, most)  # noqa: B023
-            yield Work(f"{entry.name}, {kind}", len(first), len(first) - len(todo), seconds)
+            yield Work(f"{entry.name}, {kind.partition('-')[0]}", len(first), len(first) - len(todo), seconds)
 
 
 def known_texts(manifest: Manifest, entries: Sequence[SystemEntry], settings: Settings) -> list[list[str] | None]:

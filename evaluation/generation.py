@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.cache import Cache, key_of
-from evaluation.files import atomic_write
+from evaluation.files import atomic_write, hash_of
 from evaluation.manifest import Manifest
 from evaluation.systems import SystemEntry, open_system
 from evaluation.systems.base import Item, Length, Nats, System
@@ -99,8 +99,8 @@ def generate(manifest: Manifest, entry: SystemEntry, settings: Settings) -> Gene
         system,
         items[: entry.likelihood],
         settings,
-        "likelihoods",
-        lambda some: [asdict(nats) for nats in system.log_likelihood(some, settings.seed)],
+        likelihoods_of(entry),
+        lambda some: [asdict(nats) for nats in system.log_likelihood(some, settings.seed, **entry.likelihood_by)],
     )
     seconds = [record["seconds"] for record in records]
     alike = system.timed and len({record["batch_size"] for record in records}) == 1
@@ -173,6 +173,11 @@ def cache_of(system: System, settings: Settings, kind: str) -> Cache:
     samples of the same task do not cost the first ones again. Kinds of devices draw other random numbers."""
     device = settings.device.partition(":")[0] if system.timed else ""
     return Cache(settings.cache / "generations", kind, [system.fingerprint(), settings.seed, device])
+
+
+def likelihoods_of(entry: SystemEntry) -> str:
+    """The kind of an entry's likelihoods: those that are estimated in another way are others."""
+    return f"likelihoods-{hash_of(entry.likelihood_by)[:12]}" if entry.likelihood_by else "likelihoods"
 
 
 def item_key(item: Item) -> str:

@@ -38,6 +38,8 @@ class SystemEntry:
     likelihood: int = 0
     """Of how many of the first samples the target's likelihood is told: exact for a causal LM, a bound for a diffusion
     model."""
+    likelihood_by: dict[str, Any] = field(default_factory=dict)
+    """How that bound is estimated: keys of LikelihoodConfig (estimator, seeds, steps, smallest_timestep)."""
     unconditional: int = 0
     """Passages to write without a prefix; scored by nll, entropy and distinct-2 only."""
     unconditional_tokens: int | None = None
@@ -81,7 +83,10 @@ def open_system(entry: SystemEntry, manifest: Manifest, *, judge: Path | None = 
         return Generations(Path(rest), manifest)
     if kind in ("hf", "model"):
         directory = model_directory(rest, f"system {entry.name}: {kind}:")
-        return open_model(directory, entry.sampling, name=entry.name, dtype=entry.dtype, device=device)
+        system = open_model(directory, entry.sampling, name=entry.name, dtype=entry.dtype, device=device)
+        if entry.likelihood_by:
+            system.check_likelihood(entry.likelihood_by, f"system {entry.name}, likelihood_by")
+        return system
     if kind == "python":
         return _python(rest, entry)
     raise ConfigError(

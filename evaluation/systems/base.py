@@ -106,8 +106,12 @@ class System(ABC):
         """What an item's text reads like after every step; [] where there are no steps."""
         return []
 
-    def log_likelihood(self, items: Sequence[Item], seed: int) -> list[Nats]:
-        """Of each item's target. Raises ConfigError where the system has no likelihood."""
+    def check_likelihood(self, by: dict[str, Any], where: str) -> None:
+        """Raise ConfigError where likelihoods cannot be estimated so."""
+        raise ConfigError(f"{where}: only a diffusion model's likelihood is estimated; leave it out")
+
+    def log_likelihood(self, items: Sequence[Item], seed: int, **by: Any) -> list[Nats]:
+        """Of each item's target, estimated `by` what a row says. Raises ConfigError where the system has none."""
         raise ConfigError(f"{type(self).__name__} has no likelihood; leave `likelihood` out of its row")
 
 

@@ -91,7 +91,7 @@ class CausalLM(System):
             lap += 1
         return [Written(self._decode(p, w), prefix_cut=c) for p, w, c in zip(prefixes, written, cuts, strict=True)]
 
-    def log_likelihood(self, items: Sequence[Item], seed: int) -> list[Nats]:
+    def log_likelihood(self, items: Sequence[Item], seed: int, **by: Any) -> list[Nats]:
         """At temperature 1, of tokens of its own; the end of text is not among them."""
         if self._sampling.guidance_scale != 1:
             raise ConfigError("likelihood: of a guided causal LM it is not known; leave one of the two out of the row")

@@ -81,11 +81,18 @@ class TextDiffusion(System):
         seed, sampling = item_seed(seed, item), self._sampling_of(item)
         return self.generator.trace(item.prefix, target_tokens=tokens, seed=seed, sampling=sampling)
 
-    def log_likelihood(self, items: Sequence[Item], seed: int) -> list[Nats]:
+    def check_likelihood(self, by: dict[str, Any], where: str) -> None:
+        from megatext.generation import LikelihoodConfig
+
+        if "first_seed" in by:
+            raise ConfigError(f"{where}: first_seed is the run's (--seed)")
+        from_dict(LikelihoodConfig, by, where=where)
+
+    def log_likelihood(self, items: Sequence[Item], seed: int, **by: Any) -> list[Nats]:
         from megatext.generation import LikelihoodConfig
 
         prefixes, targets = [item.prefix for item in items], [item.target for item in items]
-        found = self.generator.log_likelihood(prefixes, targets, LikelihoodConfig(first_seed=seed))
+        found = self.generator.log_likelihood(prefixes, targets, LikelihoodConfig(first_seed=seed, **by))
         return [Nats(each.nats, list(each.estimates), each.estimator) for each in found]
 
     def _sampling_of(self, item: Item) -> Any:

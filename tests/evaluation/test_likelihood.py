@@ -105,6 +105,36 @@ def test_the_plan_tells_of_traces_and_likelihoods(
     assert plan(3, 5) == {"DiT, traces": (3, 2, True), "DiT, likelihoods": (5, 3, True)}
 
 
+def test_a_row_says_how_its_likelihood_is_estimated(
+    directory: tuple[Path, Path, dict[str, Any]], task_file: Path, tiny_lm: Path, tmp_path: Path
+) -> None:
+    manifest = build_manifest(load_task(str(task_file)))
+    by = {"estimator": "ode", "seeds": 3, "steps": 4, "smallest_timestep": 0.3}
+
+    def found(**changes: Any) -> Any:
+        entry = SystemEntry("DiT", f"model:{directory[1]}", {"steps": 3}, likelihood=1, **changes)
+        return generate(manifest, entry, Settings(judge=tiny_lm, cache=tmp_path / "cache")).likelihoods[0]
+
+    sample = manifest.samples[0]
+    (expected,) = TextGenerator.from_pretrained(directory[1]).log_likelihood(
+        [sample.prefix],
+        [sample.target],
+        LikelihoodConfig(**by),  # type: ignore[arg-type]
+    )
+    assert found(likelihood_by=by).estimates == pytest.approx(expected.estimates)
+    assert found(likelihood_by=by).estimator == expected.estimator and len(found().estimates) == 8
+    for wrong, message in (
+        ({"steppes": 3}, "likelihood_by: .*did you mean 'steps'"),
+        ({"first_seed": 1}, "first_seed is the run's"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            found(likelihood_by=wrong)
+    with pytest.raises(ConfigError, match="only a diffusion model's likelihood is estimated"):
+        generate(
+            manifest, SystemEntry("AR", f"hf:{tiny_lm}", likelihood_by={"seeds": 2}), Settings(cache=tmp_path / "c")
+        )
+
+
 def test_rows_without_a_likelihood_say_so(task_file: Path, tmp_path: Path) -> None:
     manifest = build_manifest(load_task(str(task_file)))
     with pytest.raises(ConfigError, match="no likelihood"):
