@@ -31,6 +31,7 @@ class Multiplier:
 
     name: str
     group: str
+    sampling: dict[str, Any]
     flops: float
     """Of its training and all that it stands on."""
     gap: float
@@ -114,7 +115,7 @@ def multipliers(results: dict[str, Any], baseline: Sequence[str], tolerance: flo
             continue
         flops, gap, entropy = (_mean(point, key) for key in ("training_pflops", "gap", "entropy"))
         same, near = (_ratio(budgets, point, reading, tolerance) for reading in (_same, _near))
-        found.append(Multiplier(point.name, point.group, flops, gap, entropy, same, near))
+        found.append(Multiplier(point.name, point.group, point.rows[0]["sampling"], flops, gap, entropy, same, near))
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.files import read_log
-from evaluation.multiplier import Multiplier
+from evaluation.multiplier import Multiplier, Ratio
 from evaluation.seeds import Point, points
 from evaluation.table import BY_KEY, number
 
@@ -98,7 +98,7 @@ def lengths_plot(results: dict[str, Any], words: dict[str, list[int]]) -> bytes 
 
 def gaps_plot(results: dict[str, Any]) -> bytes | None:
     """Of rows that name their group: G and, beside it, entropy, a line a group and sampling, the lowest G on top; means
-    over seeds with their deviations, of one seed with the metric's own error. The dashed line is human text."""
+    over seeds with their deviations, of one seed G with its own error. The dashed line is human text."""
     found = [
         (spot, point) for point in points(results["systems"]) if (spot := _spot(point, ("entropy", "gap", "", "")))
     ]
@@ -190,32 +190,44 @@ def multiplier_plot(results: dict[str, Any], baseline: Sequence[str], found: Seq
     for spots in _by_sampling([point for point in points(results["systems"]) if point.group in baseline]):
         axes[0].plot(*zip(*spots, strict=True), color=_GREY, marker=".", lw=0.8, alpha=0.7)
     axes[0].plot([], [], color=_GREY, marker=".", lw=0.8, label=f"{_without_number(baseline[0])}, every sampling")
-    lines: dict[str, list[Multiplier]] = {}
+    lines: dict[tuple[str, str], list[Multiplier]] = {}
     for each in sorted(found, key=lambda each: each.flops):
-        lines.setdefault(_without_number(each.group) + each.name.removeprefix(each.group), []).append(each)
-    for (name, rows), look in zip(lines.items(), LOOKS, strict=False):
-        axes[0].plot([e.flops for e in rows], [e.gap for e in rows], lw=1.2, ms=5, label=name, **look)
-        for read, dashes, fill in (("near", ":", "none"), ("same", "-", look["color"])):
-            ratios = [(each.flops, ratio) for each in rows if (ratio := getattr(each, read)).value is not None]
-            axes[1].plot(
-                [x for x, _ in ratios], [ratio.value for _, ratio in ratios], dashes, color=look["color"], lw=1
-            )
-            for x, ratio in ratios:
-                marker = {"=": look["marker"], ">": "^", "<": "v"}[ratio.relation]
-                axes[1].plot(x, ratio.value, marker, ms=6, color=look["color"], markerfacecolor=fill)
-                for end in ratio.interval or () if read == "same" else ():
-                    if 0 < end < math.inf:
-                        axes[1].plot((x, x), (ratio.value, end), color=look["color"], lw=1)
+        system, sampling = _without_number(each.group), json.dumps(each.sampling, sort_keys=True)
+        lines.setdefault((system, sampling), []).append(each)
+    looks = [look for look in LOOKS if look["color"] != COLORS[-1]]  # grey is the baseline's
+    for ((system, _), rows), look in zip(lines.items(), looks, strict=False):
+        label = system + max((each.name.removeprefix(each.group) for each in rows), key=len)
+        axes[0].plot([each.flops for each in rows], [each.gap for each in rows], lw=1.2, ms=5, label=label, **look)
+        _ratios(axes[1], [(each.flops, each.near) for each in rows], look, dashes=":", fill="none", intervals=False)
+        _ratios(
+            axes[1], [(each.flops, each.same) for each in rows], look, dashes="-", fill=look["color"], intervals=True
+        )
     axes[0].set(xscale="log", xlabel="FLOPs of training, all that a model stands on", ylabel="judge gap G")
     axes[1].set(xscale="log", yscale="log", xlabel=axes[0].get_xlabel(), ylabel="compute multiplier")
     axes[1].set_xlim(axes[0].get_xlim())
     axes[1].axhline(1, color=_GREY, lw=0.8, ls="--")
-    for fill, label in ((_GREY, "at equal entropy"), ("none", "beside the baseline's best near it")):
-        axes[0].plot([], [], "o", color=_GREY, markerfacecolor=fill, label=label)
-    axes[0].plot([], [], "^", color=_GREY, label="at least (▼ at most)")
+    for fill, label in (("black", "at equal entropy"), ("none", "beside the baseline's best near it")):
+        axes[0].plot([], [], "o", color="black", markerfacecolor=fill, label=label)
+    axes[0].plot([], [], "^", color="black", label="at least (▼ at most)")
     curves = axes[0].get_legend_handles_labels()
     axes[1].legend(*curves, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return to_png(figure)
+
+
+def _ratios(
+    ax: Any, rows: Sequence[tuple[float, Ratio]], look: dict[str, str], *, dashes: str, fill: str, intervals: bool
+) -> None:
+    """(FLOPs, ratio) of one line: those that are known are joined, bounds stand alone."""
+    known = [(x, ratio.value) for x, ratio in rows if ratio.value is not None and ratio.relation == "="]
+    ax.plot([x for x, _ in known], [y for _, y in known], dashes, color=look["color"], lw=1)
+    for x, ratio in rows:
+        if ratio.value is None:
+            continue
+        marker = {"=": look["marker"], ">": "^", "<": "v"}[ratio.relation]
+        ax.plot(x, ratio.value, marker, ms=6, color=look["color"], markerfacecolor=fill)
+        for end in ratio.interval or ():
+            if intervals and 0 < end < math.inf:
+                ax.plot((x, x), (ratio.value, end), color=look["color"], lw=1)
 
 
 def _by_sampling(rows: Sequence[Point]) -> list[list[tuple[float, float]]]:

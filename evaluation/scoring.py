@@ -236,6 +236,7 @@ def _row(scoring: Any, i: int, judge: str | None) -> dict[str, Any]:
         "system": item.entry.system,
         "sampling": item.entry.sampling,
         "sampled_by": item.sampled_by,
+        "likelihood_by": item.entry.likelihood_by,
         "group": item.entry.group,
         "dtype": item.entry.dtype,
         "batch_size": item.entry.batch_size,

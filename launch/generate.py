@@ -33,7 +33,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     group = parser.add_argument_group("sampling", "what is not given is as the model's config.json says")
     docs = field_docs(SamplingConfig)
     for name, default in to_dict(SamplingConfig()).items():
-        says = f"{docs[name]} ({default} where it says nothing)"
+        says = f"{docs[name]} ({default} where it says nothing)".replace("%", "%%")
         if isinstance(default, list):
             group.add_argument(f"--{name}", type=float, nargs=2, metavar=("LOW", "HIGH"), help=says)
         else:

@@ -46,6 +46,7 @@ def _lines(cls: type, prefix: str) -> typing.Iterator[str]:
         if not field.init:
             continue
         key, hint = prefix + field.name, hints[field.name]
+        assert field.name in docs, f"{cls.__name__}.{field.name} has no text below it"
         section = next((part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)), None)
         option = key if "[]" in key else f"--{key}"  # an item of a list has no option of its own
         yield f"\n  {key}: {_type(hint)}" if section else f"  {option} {_type(hint)}, {_default(field)}"

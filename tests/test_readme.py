@@ -1,6 +1,7 @@
 """Every command that README.md and docs/ show refers to targets, files, options and keys that exist."""
 
 import re
+import shutil
 import subprocess
 import textwrap
 from pathlib import Path
@@ -80,14 +81,18 @@ def test_problems_are_told(command: str, complaint: str | None) -> None:
         assert complaint in found[0]
 
 
-def test_the_commands_of_the_paper_s_tables_fit_together() -> None:
+def test_the_commands_of_the_paper_s_tables_fit_together(tmp_path: Path) -> None:
     """The page's shell code with programs that only say what they were called with: every model that is read was made
     before, and every row of the two tables is one of them."""
     page = (ROOT / "docs/textldm.md").read_text()
     part = page[page.index("## The paper's tables") : page.index("What they take, by")]
     code = textwrap.dedent("".join(re.findall(r"^    .*\n", part, flags=re.MULTILINE)))
     echo = 'deepspeed() { printf "%s\\x1f" deepspeed "$@"; echo; }; python() { printf "%s\\x1f" python "$@"; echo; }\n'
-    told = subprocess.run(["bash", "-eu", "-c", echo + code], capture_output=True, text=True, check=True).stdout
+    shell = subprocess.run(  # without a PATH and elsewhere, so that no other program is run
+        [shutil.which("bash") or "bash", "-eu", "-c", echo + code],
+        capture_output=True, text=True, check=True, cwd=tmp_path, env={"PATH": ""},
+    )  # fmt: skip
+    told = shell.stdout
     runs: list[str] = []
     models: list[str] = []
     for line in told.splitlines():

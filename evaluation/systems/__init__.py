@@ -50,6 +50,8 @@ class SystemEntry:
             raise ConfigError(f"system {self.name}: needs batch_size >= 1, no other number of texts below 0")
         if self.unconditional and self.system.partition(":")[0] not in ("hf", "model", "python"):
             raise ConfigError(f"system {self.name}: {self.system} writes no passages without a prefix")
+        if self.likelihood_by and not self.likelihood:
+            raise ConfigError(f"system {self.name}: likelihood_by says how, likelihood of how many texts; set it too")
 
 
 def load_systems(path: Path) -> list[SystemEntry]:
@@ -76,6 +78,13 @@ def complete(entries: Sequence[SystemEntry], judge: Path | None) -> list[SystemE
 
 def open_system(entry: SystemEntry, manifest: Manifest, *, judge: Path | None = None, device: str = "cpu") -> System:
     """Make an entry ready. Reads no weights before the first text, so that a cached system costs their hash only."""
+    system = _opened(entry, manifest, judge, device)
+    if entry.likelihood_by:
+        system.check_likelihood(entry.likelihood_by, f"system {entry.name}, likelihood_by")
+    return system
+
+
+def _opened(entry: SystemEntry, manifest: Manifest, judge: Path | None, device: str) -> System:
     kind, _, rest = entry.system.partition(":")
     if entry.system in SANITY:
         return SanityRow(entry.system, manifest, judge)
@@ -83,10 +92,7 @@ def open_system(entry: SystemEntry, manifest: Manifest, *, judge: Path | None = 
         return Generations(Path(rest), manifest)
     if kind in ("hf", "model"):
         directory = model_directory(rest, f"system {entry.name}: {kind}:")
-        system = open_model(directory, entry.sampling, name=entry.name, dtype=entry.dtype, device=device)
-        if entry.likelihood_by:
-            system.check_likelihood(entry.likelihood_by, f"system {entry.name}, likelihood_by")
-        return system
+        return open_model(directory, entry.sampling, name=entry.name, dtype=entry.dtype, device=device)
     if kind == "python":
         return _python(rest, entry)
     raise ConfigError(

@@ -73,7 +73,7 @@ class AdaptiveTimestepConfig:
     changes, so that it is linear in the drawn variable."""
 
     bins: int = 0
-    """Equal bins of t; 0: off (LDLM: 100)."""
+    """Equal bins of t (LDLM: 100); 0: off, whatever the other keys say."""
     decay: float = 0.999
     """Of the moving average of every bin's loss, a step."""
     refresh_steps: int = 5_000

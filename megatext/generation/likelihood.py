@@ -38,6 +38,10 @@ class LikelihoodConfig:
     smallest_timestep: float = 0.1
     """Where the decoder takes over. Any gives a bound; which is tightest depends on the model."""
 
+    def __post_init__(self) -> None:
+        if not 0 < self.smallest_timestep < 1 or self.seeds < 1 or self.steps < 1:
+            raise ConfigError("likelihood: smallest_timestep must lie between 0 and 1, seeds and steps be at least 1")
+
 
 @dataclass(frozen=True)
 class Likelihood:
@@ -80,8 +84,6 @@ def log_likelihood(
 ) -> list[Likelihood]:
     """Of token ids (prompt, text), texts not empty. Raises ConfigError where the model has none."""
     s = config.smallest_timestep
-    if not 0 < s < 1 or config.seeds < 1 or config.steps < 1:
-        raise ConfigError("likelihood: smallest_timestep must lie between 0 and 1, seeds and steps be at least 1")
     rows = (_blocks if generator.flow.block_tokens else _one_shot)(generator, pairs)
     path, scored, channels = generator.module.path, rows.scored[..., None], rows.x0.shape[-1]
     # even in log t: the signal-to-noise ratio changes fastest where there is little noise

@@ -36,7 +36,7 @@ class Noise:
     ) -> None:
         self._generators = [rng.generator(r.seed, "generation", b) for r, b in zip(requests, blocks, strict=True)]
         self._spans, self._device = spans, device
-        self._columns = max([1, *(last for _, last in spans)])
+        self._columns = max(1, *(last for _, last in spans))
 
     def normal(self, channels: int) -> Tensor:
         """Standard normal float32 `[rows, columns, channels]`, drawn on the CPU: the same on every device."""

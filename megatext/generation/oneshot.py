@@ -133,7 +133,7 @@ class Writer:
 
 def _layout(places: list[list[int]], role: int, device: torch.device) -> Layout:
     """Tokens at some positions of each row, padded to the longest, and to one column at least."""
-    columns = max([1, *map(len, places)])
+    columns = max(1, *map(len, places))
     position = torch.zeros(len(places), columns, dtype=torch.long)
     segment = torch.full_like(position, PADDING)
     for row, at in enumerate(places):

@@ -15,7 +15,7 @@ from megatext.nn.layout import Layout
 class LatentAutoencoderConfig:
     """Sizes of LDLM's trainable autoencoder."""
 
-    latent_channels: int = 768
+    latent_channels: int = 256
     """Channels of the latent of one token."""
     encoder: TrunkConfig = field(default_factory=TrunkConfig)
     """Perceiver from hidden states to latents."""

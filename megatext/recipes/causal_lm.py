@@ -35,20 +35,20 @@ class CausalLMConfig:
     heads: int = 4
     """Query heads; width / heads is a head's size."""
     key_value_heads: int | None = None
-    """Key and value heads; None: as many as query heads."""
+    """Key and value heads; null: as many as query heads."""
     mlp_width: int | None = None
-    """Hidden width of the gated MLP; None: 8/3 of the width, rounded up to a multiple of 64."""
+    """Hidden width of the gated MLP; null: 8/3 of the width, rounded up to a multiple of 64."""
     tied_embeddings: bool = True
     """Use the embedding as output head."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     attention: Literal["eager", "sdpa"] | None = None
-    """None: eager on a CPU, where SDPA with a mask is slow for short rows, sdpa on a GPU."""
+    """null: eager on a CPU, where SDPA with a mask is slow for short rows, sdpa on a GPU."""
     activation_checkpointing: int = 0
     """Recompute every n-th layer in the backward pass; 0 keeps all activations."""
     logits_chunk_tokens: int | None = None
     """Compute logits and loss for this many tokens at a time, recomputed in the backward pass: saves memory where
-    the vocabulary is large. None: all at once."""
+    the vocabulary is large. null: all at once."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads or (self.width // self.heads) % 2:

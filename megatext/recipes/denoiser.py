@@ -97,7 +97,7 @@ class TextDiTTraining(nn.Module):
             )[0].float()
 
         previous = None
-        clean = (timestep_index == 0)[..., None]  # has no loss, so what the network makes of it is anything
+        clean = (timestep_index == 0)[..., None]  # a sampler feeds these back as they are given
         if self_condition:
             with torch.no_grad():
                 estimate = self.x0(noisy, t, predict(noisy, timesteps, None))
@@ -289,9 +289,11 @@ def check_effects(network: TextDiTConfig, flow: FlowConfig, sampling: SamplingCo
     if flow.block_tokens and flow.null_condition == "zeros":
         raise ConfigError(f"{where}.flow.null_condition zeros: only in one shot (flow.block_tokens: 0); set it to drop")
     for name in of_one_shot if flow.block_tokens else of_blocks:
-        if getattr(flow, name) != getattr(usual, name):
+        if getattr(flow, name) not in (getattr(usual, name), 0.0):
             place = "in one shot (flow.block_tokens: 0)" if flow.block_tokens else "in blocks (flow.block_tokens > 0)"
-            raise ConfigError(f"{where}.flow.{name}: only {place}; leave it out")
+            raise ConfigError(f"{where}.flow.{name}: only {place}; leave it out, or set it to {getattr(usual, name)}")
+    if sampling.history == "latents" and not flow.block_tokens:
+        raise ConfigError(f"{where}.sampling.history latents: only in blocks (flow.block_tokens > 0); set it to tokens")
     if flow.segment_lengths == "windows" and flow.min_segment_tokens != usual.min_segment_tokens:
         raise ConfigError(f"{where}.flow.min_segment_tokens: windows are not cut; set flow.segment_lengths")
     if network.self_conditioning and not flow.self_conditioning_probability:

@@ -62,8 +62,8 @@ def check_sampling(sampling: SamplingConfig, flow: FlowConfig, where: str = "") 
         raise ConfigError(f"{where}temperature needs a model that ends in token logits; set it to 1")
     if sampling.solver == "ancestral" and not by_tokens:
         raise ConfigError(f"{where}solver ancestral needs a model that ends in token logits; set it to euler")
-    if sampling.history == "latents" and (by_tokens or not flow.block_tokens):
-        raise ConfigError(f"{where}history latents is for blocks of models that end in latents; set it to tokens")
+    if sampling.history == "latents" and by_tokens:
+        raise ConfigError(f"{where}history latents is for models that end in latents; set it to tokens")
     sizes = {flow.block_tokens, *flow.training_block_tokens}
     if sampling.block_tokens and (not flow.block_tokens or sampling.block_tokens not in sizes):
         trained = f"in blocks of {', '.join(map(str, sorted(sizes)))}" if flow.block_tokens else "in one shot"

@@ -30,11 +30,11 @@ class LoggingConfig:
     log_every_steps: int = 20
     """Steps between two lines; their losses are the mean over the steps between."""
     wandb_project: str | None = None
-    """Also log to this project of Weights & Biases; None does not."""
+    """Also log to this project of Weights & Biases; null does not."""
     wandb_group: str | None = None
     """The group there that the run belongs to."""
     wandb_mode: Literal["online", "offline"] | None = None
-    """None: what $WANDB_MODE says; without it online where a key is configured, else offline."""
+    """null: what $WANDB_MODE says; without it online where a key is configured, else offline."""
 
     def __post_init__(self) -> None:
         if self.log_every_steps < 1:

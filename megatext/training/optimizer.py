@@ -44,7 +44,7 @@ class OptimizerConfig:
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """The shape after the warm-up."""
     decay_steps: int | None = None
-    """Steps of the decay, at the end of the run; None: all steps after the warm-up."""
+    """Steps of the decay, at the end of the run; null: all steps after the warm-up."""
     min_learning_rate_ratio: float = 0.0
     """What the decay ends at, as a share of the peak."""
     clip_norm: float = 1.0

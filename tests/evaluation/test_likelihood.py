@@ -126,13 +126,16 @@ def test_a_row_says_how_its_likelihood_is_estimated(
     for wrong, message in (
         ({"steppes": 3}, "likelihood_by: .*did you mean 'steps'"),
         ({"first_seed": 1}, "first_seed is the run's"),
+        ({"steps": 0}, "steps be at least 1"),
     ):
         with pytest.raises(ConfigError, match=message):
             found(likelihood_by=wrong)
-    with pytest.raises(ConfigError, match="only a diffusion model's likelihood is estimated"):
-        generate(
-            manifest, SystemEntry("AR", f"hf:{tiny_lm}", likelihood_by={"seeds": 2}), Settings(cache=tmp_path / "c")
-        )
+    for system in (f"hf:{tiny_lm}", "human"):
+        entry = SystemEntry("row", system, likelihood=1, likelihood_by={"seeds": 2})
+        with pytest.raises(ConfigError, match="only a diffusion model's likelihood is estimated"):
+            generate(manifest, entry, Settings(judge=tiny_lm, cache=tmp_path / "c"))
+    with pytest.raises(ConfigError, match="likelihood of how many texts"):
+        SystemEntry("DiT", f"model:{directory[1]}", likelihood_by={"seeds": 2})
 
 
 def test_rows_without_a_likelihood_say_so(task_file: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from evaluation import plots
 from evaluation.__main__ import main
 from evaluation.multiplier import multiplier_table, multipliers
 from megatext.data import DataError
@@ -158,3 +159,15 @@ def test_what_is_missing_is_told() -> None:
     assert [each.name for each in multipliers({"systems": rows}, ["AR 1"])] == ["theirs"]
     with pytest.raises(DataError, match="ours: no training_pflops"):
         multipliers({"systems": rows}, ["ours"])
+
+
+def test_a_sampling_over_budgets_is_one_line_however_its_rows_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group with one sampling is named without it."""
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "to_png", lambda figure: figures.append(figure) or b"")
+    rows = [*baseline(1, 0.5, 0.0), *baseline(16, 0.3, 0.0), row("ours 1", 4, 0.45, 5.5, {"steps": 8})]
+    rows += [row("ours 2", 12, 0.4, 5.5, {"steps": 8}), row("ours 2", 12, 0.42, 5.5, {"steps": 4})]
+    found = multipliers({"systems": rows}, ["AR 1", "AR 16"])
+    plots.multiplier_plot({"systems": rows}, ["AR 1", "AR 16"], found)
+    lines = {line.get_label(): line.get_xdata().tolist() for line in figures[0].axes[0].lines if line.get_lw() == 1.2}
+    assert lines == {"ours, steps 8": [4e15, 12e15], "ours, steps 4": [12e15]}

@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+import pytest
+
 from evaluation import plots, report
 from evaluation.manifest import Manifest
 from evaluation.report import TaskResults
@@ -49,5 +51,16 @@ def test_a_report_has_their_table_and_their_curves() -> None:
     assert "| a, guidance scale 1.0 | 3 | 0.500 (±0.361) |" in texts and "| b | 1 | 0.700 |" in texts
     assert report._seeds_table(TaskResults("none", task.manifest, {"systems": ROWS[:1], "notes": []}, {})) is None
     assert (plots.quality_plot(results) or b"").startswith(b"\x89PNG")
-    assert (plots.gaps_plot(results) or b"").startswith(b"\x89PNG")
-    assert plots.gaps_plot({"systems": ROWS[:1]}) is None
+
+
+def test_gaps_are_drawn_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "to_png", lambda figure: figures.append(figure) or b"")
+    rows = [row("x", "far", 0.9), row("y", "near", 0.1), row("z", "near", 0.3), row("human", gap=0.0, system="human")]
+    plots.gaps_plot({"systems": rows})
+    gaps, entropies = figures[0].axes
+    assert [label.get_text() for label in gaps.get_yticklabels()] == ["far", "near"]  # the lowest on top
+    dots = {line.get_ydata()[0]: line.get_xdata()[0] for line in gaps.lines if len(line.get_xdata()) == 1}
+    assert dots == {0: pytest.approx(0.9), 1: pytest.approx(0.2)}
+    assert gaps.get_xlabel() == "judge gap G" and entropies.get_xlabel().startswith("unigram entropy")
+    assert plots.gaps_plot({"systems": rows[3:]}) is None
