@@ -32,6 +32,7 @@ class Multiplier:
     name: str
     group: str
     sampling: dict[str, Any]
+    """As its rows say it."""
     flops: float
     """Of its training and all that it stands on."""
     gap: float
