@@ -10,7 +10,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def run_ranks(
-    world: int, command: list[str], timeout: float = 600, **variables: str
+    world: int, command: list[str], timeout: float = 1800, **variables: str
 ) -> "subprocess.CompletedProcess[str]":
     """Run a training command on `world` gloo processes; the output of all and the status of rank 0."""
     from megatext.training.engine import _free_port

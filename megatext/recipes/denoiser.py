@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,13 +114,9 @@ class TextDiTTraining(nn.Module):
         if self.flow.consistency.weight > 0:
             assert earlier_timesteps is not None
             x0, earlier = self.x0(noisy, t, predicted), earlier_timesteps[timestep_index]
-
-            def predict_earlier(z: Tensor) -> Tensor:
-                fed_back = torch.where(clean, latents, x0.detach()) if self_condition else None
-                return predict(z, earlier_timesteps, fed_back)
-
-            goal = self._consistency_goal(x0.detach(), noisy, latents, t, earlier, predict_earlier)
-            off = objectives.squared_error(x0, goal)
+            fed_back = torch.where(clean, latents, x0.detach()) if self_condition else None
+            predict_earlier = partial(predict, times=earlier_timesteps, previous=fed_back)
+            off = self._inconsistency(x0, noisy, latents, t, earlier, predict_earlier)
             output.loss_sums["consistency"] = objectives.masked_sum(off, loss_mask)[0]
         return output
 
@@ -137,8 +134,7 @@ class TextDiTTraining(nn.Module):
         )
         return past
 
-    @torch.no_grad()
-    def _consistency_goal(
+    def _inconsistency(
         self,
         x0: Tensor,
         noisy: Tensor,
@@ -147,11 +143,12 @@ class TextDiTTraining(nn.Module):
         earlier: Tensor,
         predict: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """What is estimated for x0, float32 `[rows, columns, channels]`, an Euler step nearer to the data: from t to
-        `earlier`, both `[rows, columns]`; where that is 0 the data themselves."""
-        nearer = euler_step(self.path, noisy, x0, t, earlier)
-        goal = self.x0(nearer, earlier, predict(nearer))
-        return torch.where((earlier > 0)[..., None], goal, latents)
+        """float32 `[rows, columns]`: squared error of estimated clean latents against what is estimated, without
+        gradient, an Euler step nearer to the data: from t to `earlier`; where that is 0 against the data themselves."""
+        with torch.no_grad():
+            nearer = euler_step(self.path, noisy, x0, t, earlier)
+            goal = torch.where((earlier > 0)[..., None], self.x0(nearer, earlier, predict(nearer)), latents)
+        return objectives.squared_error(x0, goal)
 
     def logits(self, predicted: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         """Token logits, with the likelihood of the noisy latent added where the recipe says so."""

@@ -14,7 +14,7 @@ from megatext.recipes import config_class, meta_module, passes_of
 from megatext.recipes.denoiser import check_effects
 from megatext.study import Study
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STUDY: dict[str, Any] = {
     "work_dir": "runs/x",
     "corpus": "pydocs:",
