@@ -13,8 +13,8 @@ from megatext.config import ConfigError, load_config, to_dict
 from megatext.recipes import config_class, meta_module, passes_of
 from megatext.recipes.denoiser import check_effects
 from megatext.study import Study
+from tests.command_lines import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 STUDY: dict[str, Any] = {
     "work_dir": "runs/x",
     "corpus": "pydocs:",

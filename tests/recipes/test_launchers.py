@@ -1,4 +1,4 @@
-"""Every launcher on two ranks with every file of ds_configs/, against one process; export; what --dry_run says."""
+"""Launchers on several ranks with every file of ds_configs/, against one process; export; what --dry_run says."""
 
 import json
 import math
@@ -48,7 +48,8 @@ def alone(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     ("stage", "world"), [("zero0", 2), ("zero1", 4), *((name, 2) for name in FILES if name != "zero1")]
 )
 def test_ranks_equal_one_process(stage: str, world: int, alone: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    """1 rank x 4 micro-batches, 2 x 2 and 4 x 1 take the same steps, under every stage."""
+    """1 rank x 4 micro-batches, 2 x 2 and 4 x 1 take the same steps: all systems under ZeRO-1 and 3, two under the
+    other stages."""
     assert FILES == ["zero1", "zero2", "zero3", "zero3_offload"]
     directory, base = alone
     ds_config = REPOSITORY / "ds_configs" / f"{stage}.json"
